@@ -1,0 +1,144 @@
+"""The folder of a run: where each stage writes, and how a finished stage is known from an interrupted one.
+
+A stage is finished when its folder holds `_SUCCESS.json`, which is written last and by a rename. The marker carries
+the stage's fingerprint: a hash of everything that its result depends on. Same fingerprint: the stage is skipped.
+Another fingerprint, or no marker: it is run again, and stages that build on it follow because their fingerprints
+contain its own. Inside a stage, partial work may be kept and continued if it lies in a folder named by the fingerprint.
+
+    runs/<name>/  config.json  manifest.json  report.json  report.html
+                  samples/<corpus>/  rejected/<corpus>/  activations/<corpus>/  coverage/<corpus>/
+                  relevance/  gaps/  synthesis/  training/  evaluation/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet
+
+from fac_ray.schema import hash_of
+
+MARKER = "_SUCCESS.json"
+
+
+def fingerprint(**parts: Any) -> str:
+    """Hash of named JSON-serialisable parts: the identity of a stage's config and inputs."""
+    return hash_of(json.dumps(parts, sort_keys=True, default=str))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with _replacing(Path(path)) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_table(path: str | Path, table: pa.Table) -> None:
+    """Write one Parquet file atomically."""
+    with _replacing(Path(path)) as part:
+        pa.parquet.write_table(table, part, compression="zstd")
+
+
+def read_table(folder_or_file: str | Path, columns: list[str] | None = None) -> pa.Table:
+    """All rows of a Parquet file, or of every Parquet file directly in a folder, in the order of file names.
+
+    Raises:
+        FileNotFoundError: there is no Parquet file.
+    """
+    paths = parquet_files(folder_or_file)
+    if not paths:
+        raise FileNotFoundError(f"{folder_or_file}: no Parquet file here")
+    return pa.concat_tables(pa.parquet.read_table(path, columns=columns) for path in paths)
+
+
+def parquet_files(folder_or_file: str | Path) -> list[Path]:
+    """The file itself, or the Parquet files directly in the folder, sorted by name."""
+    path = Path(folder_or_file)
+    return [path] if path.is_file() else sorted(path.glob("*.parquet"))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Stage:
+    """One stage's folder in a run.
+
+    Use:
+        stage = Stage(run_folder / "gaps", fingerprint(...))
+        if not stage.finished:
+            stage.begin()
+            ...write into stage.folder...
+            stage.finish(num_gaps=12)
+        facts = stage.facts
+    """
+
+    def __init__(self, folder: str | Path, identity: str) -> None:
+        self.folder = Path(folder)
+        self.identity = identity
+        self._started_s: float | None = None
+
+    @property
+    def marker(self) -> dict[str, Any] | None:
+        """What `finish` wrote, whatever the fingerprint; None if the stage never finished."""
+        path = self.folder / MARKER
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds the result of exactly this fingerprint."""
+        marker = self.marker
+        return marker is not None and marker["fingerprint"] == self.identity
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The named facts that `finish` stored, with `seconds`."""
+        marker = self.marker
+        assert marker is not None, f"{self.folder} is not finished"
+        return marker["facts"]
+
+    def begin(self, keep_partial: bool = False) -> Path:
+        """The folder, ready to write. What another fingerprint left is removed; with `keep_partial`, what an
+        interrupted attempt of this fingerprint left stays."""
+        started = self.folder / "_STARTED.json"
+        same = started.is_file() and json.loads(started.read_text())["fingerprint"] == self.identity
+        if self.folder.exists() and not (keep_partial and same):
+            shutil.rmtree(self.folder)
+        if not started.is_file():
+            write_json(started, {"fingerprint": self.identity, "seconds": 0.0})
+        self._started_s = time.monotonic()
+        return self.folder
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the stage as finished, last of all, with facts worth reporting."""
+        assert self._started_s is not None, "begin() comes first"
+        seconds = round(time.monotonic() - self._started_s, 3)
+        write_json(
+            self.folder / MARKER,
+            {"fingerprint": self.identity, "finished_at": _now(), "facts": {**facts, "seconds": seconds}},
+        )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
