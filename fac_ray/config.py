@@ -77,8 +77,8 @@ class MeasureConfig(Section):
     """Grid of the threshold sweep; `threshold` is added if it is not in it."""
     num_exemplars: int = Field(default=8, ge=1, le=100)
     """Spans kept for each feature and corpus."""
-    span_tokens: int = Field(default=16, ge=1)
-    """Length of an exemplar's span, which always holds the peak token."""
+    span_words: int = Field(default=16, ge=1)
+    """Length of an exemplar's span in words; it always holds the peak token."""
     num_actors: int | None = Field(default=None, ge=1)
     """Upper bound of the extraction pool; None: one actor for each GPU, or one for every two cores."""
 
@@ -269,11 +269,9 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
-        node = (
-            node.setdefault(section, {})
-            if node.get(section) is not None
-            else node.__setitem__(section, {}) or node[section]
-        )
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section")
     try:
