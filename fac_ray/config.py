@@ -62,7 +62,7 @@ class MeasureConfig(Section):
     activation: Literal["native", "dense"] | None = None
     """`native`: what the SAE outputs. `dense`: ReLU of all pre-activations."""
     tokens: Literal["content", "after_prefix", "all"] | TokenSkip | None = None
-    """Which tokens are pooled: inside message contents, after the first message's prefix, all, or all after a fixed count."""
+    """Which tokens are pooled: inside message contents, all after the first message's prefix, all, or all but a count."""
     max_tokens: int | None = Field(default=None, ge=8)
     """With a value from the preset or here, texts are cut at this many tokens (`truncated` says so). None: windows."""
     double_bos: bool | None = None
@@ -96,7 +96,7 @@ class MeasureConfig(Section):
 
 class CorpusConfig(Section):
     path: str | tuple[str, ...]
-    """File, folder or glob, or several; local, `s3://`, `gs://` or `hf://`; jsonl, csv, parquet, txt, each also as .gz."""
+    """File, folder or glob, or several; local, `s3://`, `gs://` or `hf://`; jsonl, csv, parquet, txt, also as .gz."""
     format: Literal["jsonl", "csv", "parquet", "text"] | None = None
     """None: from the file ending."""
     text: str | None = None
@@ -123,7 +123,7 @@ class RelevanceConfig(Section):
     method: Literal["statistical"] = "statistical"
     """`statistical`: features that are active more often in positive anchor samples than in the others."""
     positive: tuple[str, ...] = ("1", "true", "True", "yes")
-    """Labels of the anchor corpus that mean "belongs to the task". Without labels, anchor is tested against background."""
+    """Labels that mean "belongs to the task". If the anchor has no labels, it is tested against the background."""
     max_q_value: float = Field(default=0.01, gt=0, le=1)
     """Largest false discovery rate (Benjamini-Hochberg) at which a feature is called relevant."""
     min_effect: float = 1.0
