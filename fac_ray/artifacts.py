@@ -126,12 +126,12 @@ class Stage:
         if self.folder.exists() and not (keep_partial and same):
             shutil.rmtree(self.folder)
         if not started.is_file():
-            write_json(started, {"fingerprint": self.identity, "seconds": 0.0})
+            write_json(started, {"fingerprint": self.identity})
         self._started_s = time.monotonic()
         return self.folder
 
     def finish(self, **facts: Any) -> None:
-        """Mark the stage as finished, last of all, with facts worth reporting."""
+        """Mark the stage as finished, last of all, with facts worth reporting and the seconds since `begin`."""
         assert self._started_s is not None, "begin() comes first"
         seconds = round(time.monotonic() - self._started_s, 3)
         write_json(

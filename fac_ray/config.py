@@ -62,7 +62,7 @@ class MeasureConfig(Section):
     activation: Literal["native", "dense"] | None = None
     """`native`: what the SAE outputs. `dense`: ReLU of all pre-activations."""
     tokens: Literal["content", "after_prefix", "all"] | TokenSkip | None = None
-    """Which tokens are pooled: inside message contents, all after the first message's prefix, all, or all but a count."""
+    """Which tokens are pooled: those of message contents, all after the first prefix, all, or all but the first few."""
     max_tokens: int | None = Field(default=None, ge=8)
     """With a value from the preset or here, texts are cut at this many tokens (`truncated` says so). None: windows."""
     double_bos: bool | None = None
