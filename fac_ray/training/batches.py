@@ -1,0 +1,64 @@
+"""Texts come in, padded batches of token ids go out, in an order that a seed decides.
+
+A batch's members depend on the seed and the number of rows alone, not on the texts and not on the number of workers:
+arms that differ in K rows differ in nothing else, and two workers step as one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+
+def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of each text, read as one user message where there is a chat template, with exactly one BOS.
+
+    Longer ones keep their first `max_tokens`. A text without any token becomes one BOS, EOS or padding token.
+    """
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
+    filler = bos or [padding_id(tokenizer)]
+    return [((row if row[:1] == bos else bos + row) or filler)[:max_tokens] for row in rows]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Token id that fills short rows: the padding token, else EOS, else 0; attention and the head skip it."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Int[torch.Tensor, "B T"], Int[torch.Tensor, "B T"]]:
+    """Token ids filled on the right, and the attention mask that is 0 on the filling."""
+    num_tokens = max(len(row) for row in rows)
+    token_ids = torch.tensor([[*row, *[fill] * (num_tokens - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (num_tokens - len(row)) for row in rows])
+    return token_ids, mask
+
+
+def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> Int[np.ndarray, "steps batch_size"]:
+    """Rows of each step of one epoch: a permutation, its last batch filled up from its own beginning."""
+    order = np.random.default_rng((seed, epoch)).permutation(num_samples)
+    num_steps = -(-num_samples // batch_size)
+    return np.resize(order, num_steps * batch_size).reshape(num_steps, batch_size)
+
+
+def scoring_batches(
+    lengths: Sequence[int], batch_size: int, rank: int, num_workers: int
+) -> list[Int[np.ndarray, " batch"]]:
+    """Rows that one worker scores, of similar length in each batch; every worker has as many batches.
+
+    With several workers the last rows may be scored by more than one of them.
+    """
+    order = np.argsort(np.asarray(lengths), kind="stable")
+    per_worker = -(-len(order) // num_workers)
+    mine = np.resize(order, per_worker * num_workers).reshape(per_worker, num_workers)[:, rank]
+    return [mine[start : start + batch_size] for start in range(0, per_worker, batch_size)]

@@ -1,0 +1,78 @@
+"""One classifier and its optimizer under DeepSpeed ZeRO: a model goes in, an engine that steps it comes out.
+
+The process group is Ray Train's own. Without a GPU nothing is compiled at run time, so no compiler is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from fac_ray.config import TrainingConfig
+
+
+def prepare_process() -> torch.device:
+    """The worker's device, with DeepSpeed told of it and the cores of the node shared out. Comes before all else."""
+    import ray.train
+    import ray.train.torch
+
+    num_local_workers = ray.train.get_context().get_local_world_size()
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["LOCAL_SIZE"] = str(num_local_workers)
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, by g++, at every start
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_workers))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return ray.train.torch.get_device()
+
+
+def start_engine(model: torch.nn.Module, training: TrainingConfig, num_steps: int) -> Any:
+    """A DeepSpeed engine over the model: AdamW, linear warmup and decay over `num_steps`, gradients clipped at 1."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(_parameter_groups(model, training.weight_decay), lr=training.learning_rate),
+        lr_scheduler=lambda optimizer: _schedule(optimizer, num_steps, training.warmup_fraction),
+        config=deepspeed_config(training, sum(p.numel() for p in model.parameters())),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def deepspeed_config(training: TrainingConfig, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; buckets are no larger than the model, which else would reserve gigabytes."""
+    bucket = min(num_parameters, 500_000_000)
+    return {
+        "train_batch_size": training.batch_size,
+        "train_micro_batch_size_per_gpu": training.batch_size // training.num_workers,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": training.dtype == "bfloat16"},
+        "zero_optimization": {
+            "stage": training.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases and norms, which have one dimension, without."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _schedule(optimizer: Any, num_steps: int, warmup_fraction: float) -> torch.optim.lr_scheduler.LambdaLR:
+    num_warmup = max(1, round(num_steps * warmup_fraction))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / num_warmup, (num_steps - step) / max(1, num_steps - num_warmup), 1.0)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, factor(step)))
