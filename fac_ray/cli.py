@@ -164,6 +164,7 @@ def carry_out(  # one parameter for each option
     with reported(verbose):
         config = config_of(path, overrides, folder, world_seed)
         from fac_ray import pipeline
+        from fac_ray.headline import headline
         from fac_ray.session import ray_session
 
         if stage == "report":
@@ -231,12 +232,6 @@ def reason_of(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return lines[-1] if len(lines) > 1 and "Traceback" in str(error) else " ".join(lines)
-
-
-def headline(facts: dict[str, Any]) -> list[str]:
-    """The numbers of a report that stand alone, one on a line."""
-    numbers = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
-    return [f"{key:<24}{value}" for key, value in numbers.items()]
 
 
 def check_line(check: Check) -> str:

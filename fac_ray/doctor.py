@@ -175,10 +175,11 @@ def start_vllm() -> None:
     """Start the engine that synthesis uses, on the embedded model, and let it write a few tokens."""
     from tempfile import TemporaryDirectory
 
-    from fac_ray.generation import GenerationRequest, Generator
+    from fac_ray.generation import ENGINE_ENV, GenerationRequest, Generator
     from fac_ray.reference import default_config
     from fac_ray.schema import Message
 
+    os.environ.update(ENGINE_ENV)
     with TemporaryDirectory() as folder:
         config = default_config(Path(folder))
         assert config.synthesis is not None, "the embedded run synthesizes"
@@ -190,32 +191,29 @@ def start_vllm() -> None:
 
 
 def start_deepspeed() -> None:
-    """Start an engine as training does, in one process, and take one optimizer step."""
+    """Start the engine that training uses, in one process, on a tiny model, and take one optimizer step."""
     from tempfile import TemporaryDirectory
 
-    import deepspeed
     import torch
 
+    from fac_ray.config import TrainingConfig
+    from fac_ray.training.engine import start_engine
+
     os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
-    if not torch.cuda.is_available():  # its shared memory reduction is compiled on first use, by a compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, by g++
     with TemporaryDirectory() as folder:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{folder}/ranks", rank=0, world_size=1)
-        engine, *_ = deepspeed.initialize(
-            model=torch.nn.Linear(4, 1),
-            config={
-                "train_batch_size": 2,
-                "zero_optimization": {"stage": 2},
-                "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
-            },
-            dist_init_required=False,
-        )
-        loss = engine(torch.ones(2, 4, device=engine.device)).sum()
+        engine = start_engine(torch.nn.Linear(7, 1), TrainingConfig(batch_size=2), num_steps=1)
+        loss = engine(torch.ones(2, 7, device=engine.device)).sum()
         engine.backward(loss)
         engine.step()
         torch.distributed.destroy_process_group()
-    _say(f"one step, loss {loss.item():.3f}")
+    _say(f"takes a step on {engine.device}")
 
 
 def _say(text: str) -> None:
