@@ -324,6 +324,7 @@ def _train(config: RunConfig) -> Stage:
                 config.relevance.positive,
                 config.training.arms,
                 config.run.seed,
+                tables[heldout_name],
             )
             stage.finish(**train_arms(config, arms, tables[heldout_name], folder, progress))
     return stage
