@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fac_ray import __version__
+from fac_ray.artifacts import Stage, fingerprint
 from fac_ray.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -193,7 +195,10 @@ def config_of(path: str | None, overrides: tuple[str, ...], folder: str | None, 
 
     home, seed = Path(folder or DEFAULT_FOLDER), world_seed or 0
     config = default_config(home, seed, overrides)
-    write_world(home / "world", seed)
+    world = Stage(home / "world", fingerprint(stage="world", version=__version__, seed=seed))
+    if not world.finished:  # files that are written again would look changed to every stage
+        write_world(world.begin(), seed)
+        world.finish()
     return config
 
 

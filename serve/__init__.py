@@ -1,0 +1,1 @@
+"""The Ray Serve application that scores texts against a finished run."""
