@@ -1,0 +1,172 @@
+"""The page: one HTML file without network, script or font, from the dictionary of `build_report`.
+
+All text of models and data goes through Jinja's autoescape; markup comes only from the templates and from charts.py.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from fac_ray.report.charts import Part, Series, dot_chart, line_chart, stacked_bar
+from fac_ray.report.words import FILTERS, percent, plural, sentence
+
+TONES = {
+    "anchor": "anchor",
+    "seed": "seed",
+    "seed+untargeted": "untargeted",
+    "seed+targeted": "targeted",
+    "untargeted": "untargeted",
+    "targeted": "targeted",
+    "background": "other",
+}
+"""Corpus or arm to the CSS class of its colour and line style."""
+
+SWEEP_LINES = {
+    "fac_seed": ("FAC of the seed", "seed"),
+    "fac_untargeted": ("FAC of seed + untargeted", "untargeted"),
+    "fac_final": ("FAC of seed + targeted", "targeted"),
+}
+
+FAC_KEYS = {"anchor": "anchor", "seed": "seed", "seed+untargeted": "untargeted", "seed+targeted": "final"}
+"""Corpus of the rarefaction curves to its key in `fac`."""
+
+GAPS_SHOWN, GAPS_LISTED = 20, 400
+"""Missing features in the open table, and together with the folded one; report.json has them all."""
+
+
+def render_report(report: dict[str, Any]) -> str:
+    """The whole page as HTML text; sections whose numbers are absent are left out."""
+    charts = {
+        "coverage": coverage_bar(report),
+        "rarefaction": rarefaction_chart(report),
+        "sweep": sweep_chart(report),
+        "candidates": candidates_bar(report),
+        "arms": arms_chart(report),
+        "times": time_bars(report),
+    }
+    template = _environment().get_template("page.html.jinja")
+    return template.render(
+        report=report,
+        charts=charts,
+        headline=sentence(report),
+        fac_keys=FAC_KEYS,
+        shown=GAPS_SHOWN,
+        most=GAPS_LISTED,
+    )
+
+
+def coverage_bar(report: dict[str, Any]) -> dict[str, Any]:
+    """The reachable features as one bar: covered by the seed, switched on by targeted samples, still missing."""
+    if not report.get("reachable_features"):
+        return {}
+    gained = report["switched_on_features"] or 0
+    parts = [
+        Part("covered by the seed", "seed", report["covered_features"]),
+        Part("switched on by targeted samples", "targeted", gained),
+        Part("missing", "missing", report["missing_features"] - gained),
+    ]
+    if report["switched_on_features"] is None:
+        del parts[1]
+    return {"parts": parts, "svg": stacked_bar(parts, f"Relevant features the anchor reaches: {_listed(parts)}")}
+
+
+def rarefaction_chart(report: dict[str, Any]) -> dict[str, Any]:
+    """Expected features against number of samples, one line for each corpus or pool of corpora."""
+    numbers = report.get("rarefaction")
+    if not numbers:
+        return {}
+    lines = [
+        Series(name, TONES.get(name, "other"), curve["num_samples"], curve["expected_features"], _curve_notes(curve))
+        for name, curve in numbers["curves"].items()
+    ]
+    title = "Expected number of features covered by a random part of each corpus, by number of samples"
+    y_label = "relevant features covered" if numbers["counted"] == "reachable" else "active features"
+    return {"lines": lines, "svg": line_chart(lines, title, "samples", y_label)}
+
+
+def sweep_chart(report: dict[str, Any]) -> dict[str, Any]:
+    """FAC against the threshold or, without relevance, the active features of each corpus."""
+    rows = report.get("sweep")
+    if not rows:
+        return {}
+    if "fac_seed" in rows[0]:
+        lines = [_sweep_line(rows, key, *line) for key, line in SWEEP_LINES.items()]
+        lines = [line for line in lines if line.xs]
+        svg = line_chart(lines, "FAC by threshold", "threshold", "FAC", y_text=percent, y_high=1.0)
+    else:
+        lines = [_active_line(rows, name) for name in rows[0]["active_features"]]
+        svg = line_chart(lines, "Active features by threshold", "threshold", "active features")
+    return {"lines": lines, "svg": svg}
+
+
+def candidates_bar(report: dict[str, Any]) -> dict[str, Any]:
+    """All candidates as one bar: accepted, used in a prompt, and rejected by reason."""
+    numbers = report.get("candidates")
+    if not numbers:
+        return {}
+    parts = [Part("accepted", "targeted", numbers["accepted"]), Part("scored in step 1", "seed", numbers["scored"])]
+    reasons = numbers["by_reason"].items()
+    parts += [Part(f"rejected: {why}", f"shade{min(k, 4)}", count) for k, (why, count) in enumerate(reasons)]
+    return {"parts": parts, "svg": stacked_bar(parts, f"Candidates: {_listed(parts)}")}
+
+
+def arms_chart(report: dict[str, Any]) -> dict[str, Any]:
+    """Held-out AUPRC: one row for each arm, one dot for each training seed."""
+    arms = {name: arm["auprc"] for name, arm in (report.get("arms") or {}).items() if arm["auprc"]["values"]}
+    if not arms:
+        return {}
+    rows = [
+        Series(name, TONES.get(name, "other"), auprc["values"], [], [f"{value:.3f}" for value in auprc["values"]])
+        for name, auprc in arms.items()
+    ]
+    means = [auprc["mean"] for auprc in arms.values()]
+    stds = [auprc["std"] or 0.0 for auprc in arms.values()]
+    return {"svg": dot_chart(rows, means, stds, "AUPRC on held-out samples by training set", "AUPRC, held-out")}
+
+
+def time_bars(report: dict[str, Any]) -> dict[str, Markup]:
+    """One bar for each stage, as a share of the time of all."""
+    seconds = {name: stage["seconds"] or 0.0 for name, stage in report["stages"].items()}
+    whole = max(seconds.values(), default=0.0)
+    return {
+        name: stacked_bar([Part(name, "seed", value), Part("", "empty", whole - value)], f"{value:,.1f} s")
+        for name, value in seconds.items()
+    }
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fac_ray.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS | {"pretty": lambda value: json.dumps(value, indent=2)}
+    environment.globals["plural"] = plural
+    return environment
+
+
+def _listed(parts: list[Part]) -> str:
+    return ", ".join(f"{part.value:,g} {part.name}" for part in parts)
+
+
+def _curve_notes(curve: dict[str, Any]) -> list[str]:
+    pairs = zip(curve["num_samples"], curve["expected_features"], strict=True)
+    return [f"{features:,.1f} features in {plural(samples, 'sample')}" for samples, features in pairs]
+
+
+def _sweep_line(rows: list[dict[str, Any]], key: str, name: str, tone: str) -> Series:
+    shown = [row for row in rows if row[key] is not None]
+    notes = [f"{percent(row[key])} of {row['reachable']} at threshold {row['threshold']:g}" for row in shown]
+    return Series(name, tone, [row["threshold"] for row in shown], [row[key] for row in shown], notes)
+
+
+def _active_line(rows: list[dict[str, Any]], name: str) -> Series:
+    counts = [row["active_features"][name] for row in rows]
+    notes = [f"{count:,} at threshold {row['threshold']:g}" for count, row in zip(counts, rows, strict=True)]
+    return Series(name, TONES.get(name, "other"), [row["threshold"] for row in rows], counts, notes)
