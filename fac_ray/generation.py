@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fac_ray.config import ModelConfig, SynthesisConfig
 from fac_ray.schema import Message
@@ -68,7 +68,7 @@ class Generator:
         source = _source(synthesis, model)
         on_cpu = current_platform.is_cpu()
         self._context_tokens = _context_tokens(source, synthesis.max_new_tokens)
-        self._engine = LLM(
+        self._engine: Any = LLM(
             model=source["path"],
             revision=source["revision"],
             trust_remote_code=source["trust_remote_code"],
@@ -80,7 +80,7 @@ class Generator:
             enforce_eager=on_cpu,  # no compiler is needed on a CPU; on a GPU CUDA graphs are worth their time
             disable_log_stats=True,
         )
-        self._tokenizer = self._engine.get_tokenizer()
+        self._tokenizer: Any = self._engine.get_tokenizer()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """One generation for each request, in the same order.
