@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fac_ray import __version__
-from fac_ray.artifacts import Stage, fingerprint
 from fac_ray.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -191,6 +190,7 @@ def config_of(path: str | None, overrides: tuple[str, ...], folder: str | None, 
                 "--folder and --world-seed belong to the embedded world; with --config use --set run.folder=DIR"
             )
         return load_config(path, overrides)
+    from fac_ray.artifacts import Stage, fingerprint
     from fac_ray.reference import default_config, write_world
 
     home, seed = Path(folder or DEFAULT_FOLDER), world_seed or 0

@@ -1,4 +1,4 @@
-"""Job: Coverage of every corpus. Takes the options of `fac-ray measure`; see README.md beside this file."""
+"""Job: coverage of every corpus. Its options are those of `fac-ray measure`; see README.md."""
 
 from fac_ray.cli import measure
 

@@ -1,4 +1,4 @@
-"""Job: Everything, from texts to the report. Takes the options of `fac-ray run`; see README.md beside this file."""
+"""Job: everything, from texts to the report. Its options are those of `fac-ray run`; see README.md."""
 
 from fac_ray.cli import run
 

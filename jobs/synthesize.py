@@ -1,4 +1,4 @@
-"""Job: Verified texts for the missing features. Takes the options of `fac-ray synthesize`; see README.md beside this file."""
+"""Job: verified texts for the missing features. Its options are those of `fac-ray synthesize`; see README.md."""
 
 from fac_ray.cli import synthesize
 

@@ -1,4 +1,4 @@
-"""Job: The arms of the experiment, trained; what comes before them too. Takes the options of `fac-ray train`; see README.md beside this file."""
+"""Job: the arms of the experiment, trained. Its options are those of `fac-ray train`; see README.md."""
 
 from fac_ray.cli import train
 
