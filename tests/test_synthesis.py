@@ -17,7 +17,6 @@ from fac_ray import synthesis
 from fac_ray.artifacts import read_table
 from fac_ray.candidates import (
     Reply,
-    Rules,
     Target,
     contrast_pair,
     first_requests,
@@ -41,15 +40,14 @@ WORDS = ["please", "order", "my", "card", "money", "back", *(f"word{i}" for i in
 
 
 def config_of(**changes) -> RunConfig:
+    few = {"first_candidates": 3, "second_candidates": 3, "samples_per_feature": 2, "max_attempts": 3}
     tree = {
         "name": "keywords",
         "model": {"path": "unused", "hook_layer": 1},
         "sae": {"path": "unused"},
-        "corpora": {},
-        "synthesis": {"first_candidates": 3, "second_candidates": 3, "samples_per_feature": 2, "max_attempts": 3},
+        "corpora": {"seed": {"path": "unused"}},
+        "synthesis": few | changes,
     }
-    tree["synthesis"] |= changes
-    tree["corpora"] = {"seed": {"path": "unused"}}
     return config_from_tree(tree)
 
 
@@ -178,7 +176,8 @@ def test_the_control_asks_no_more_often_than_the_targeted_arm(tmp_path):
     def monotonous(chunks):
         for index, replies in keyword_world(chunks):
             same = Reply("always the very same words", None, None)
-            yield index, [same if r.feature_id is None else reply for r, reply in zip(chunks[index], replies)]
+            pairs = zip(chunks[index], replies, strict=True)
+            yield index, [same if request.feature_id is None else reply for request, reply in pairs]
 
     facts = close_gaps(tmp_path, monotonous)
     rows = read_table(tmp_path / "candidates").to_pylist()
