@@ -86,8 +86,8 @@ def engine_pool(config: RunConfig) -> Iterator[Produce]:
             yield from _stream(chunks, actors, config)
         except ray.exceptions.RayActorError as error:
             raise RuntimeError(
-                "synthesis: the generator or the extractor that verifies could not be started, or ended "
-                f"{RESTARTS['max_restarts'] + 1} times; finished chunks are kept and are not made again: {error}"
+                "synthesis: a generator or verifier could not be started, or ended "
+                f"{RESTARTS['max_restarts'] + 1} times; finished chunks are kept. {_last_line(error)}"
             ) from error
 
     try:
@@ -137,12 +137,18 @@ def _start(actors: Actors, config: RunConfig) -> None:
         if config.synthesis.tensor_parallel > 1:
             actors.placements.append(_placement(config.synthesis.tensor_parallel))
             options |= {"scheduling_strategy": _inside(actors.placements[-1])}
-        generator = ray.remote(Generator).options(**options)
-        actors.generators.append(generator.remote(config.synthesis, config.model))
+        actors.generators.append(ray.remote(Generator).options(**options).remote(config.synthesis, config.model))
     ray.get([generator.__ray_ready__.remote() for generator in actors.generators])
-    verifier = ray.remote(Verifier).options(**verifier_options(config.synthesis, ray.cluster_resources()))
+    measuring = ray.remote(Verifier).options(**verifier_options(config.synthesis, ray.cluster_resources()))
     for _ in actors.generators:
-        actors.verifiers.append(verifier.remote(config.model, config.sae, config.measure))
+        actors.verifiers.append(measuring.remote(config.model, config.sae, config.measure))
+    ray.get([verifier.__ray_ready__.remote() for verifier in actors.verifiers])
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong in the actor, without the way there (that is in the cause of the exception)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _end(actors: Actors) -> None:

@@ -57,12 +57,13 @@ class Generator:
     """
 
     def __init__(self, synthesis: SynthesisConfig, model: ModelConfig) -> None:
-        """Load `synthesis.generator`, or `model.path` where that is None. vLLM is imported here, with `ENGINE_ENV` set.
+        """Load `synthesis.generator`, or `model.path` where that is None, and generate one token with it: some models
+        load and then cannot run. vLLM is imported here, with `ENGINE_ENV` set.
 
         Raises:
-            ValueError, OSError: the model cannot be loaded; the message is vLLM's or transformers'.
+            ValueError, OSError, RuntimeError: the model cannot be used; the message is vLLM's or transformers'.
         """
-        from vllm import LLM
+        from vllm import LLM, SamplingParams
         from vllm.platforms import current_platform
 
         source = _source(synthesis, model)
@@ -81,6 +82,7 @@ class Generator:
             disable_log_stats=True,
         )
         self._tokenizer: Any = self._engine.get_tokenizer()
+        self._engine.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1), use_tqdm=False)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """One generation for each request, in the same order.
