@@ -1,0 +1,208 @@
+"""A corpus becomes samples: its files come in, SAMPLES parts and REJECTED parts go out, one pass on Ray Data.
+
+Rows in = samples + rejected rows; a bad row never stops a run, too many of them do. Parts, their names and their rows
+depend on the files alone: a corpus that is read again gives the same parts and the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from fac_ray.artifacts import parquet_files, read_table, write_table
+from fac_ray.config import CorpusConfig
+from fac_ray.rows import BadRow, read_rows
+from fac_ray.samples import needed_columns, read_sample
+from fac_ray.schema import REJECTED, SAMPLES
+from fac_ray.sources import Piece, Source, count_line_breaks, list_sources, source_fingerprint, split_source
+
+if TYPE_CHECKING:
+    from fac_ray.progress import Progress
+
+__all__ = ["ingest_corpus", "plan_shards", "source_fingerprint"]
+
+PART_ROWS = 2000
+"""Rows of a file that go into one part: at most so many samples, and the rest of them rejected."""
+SHARD_BYTES = 128 << 20
+"""What one task reads: pieces of larger jsonl, text and parquet files, several of the smaller files."""
+
+
+def ingest_corpus(
+    corpus: CorpusConfig, samples_folder: Path, rejected_folder: Path, max_rejected_fraction: float, progress: Progress
+) -> dict[str, int]:
+    """Write a corpus's samples and rejected rows; returns num_rows, num_samples, num_rejected and num_duplicates.
+
+    Duplicates (samples whose content occurred before) are kept and counted. With `limit`, the first rows in the order
+    of the files are read, by one task. The progress counts rows. All workers must see both folders.
+
+    Raises:
+        ConfigError: a path matches no file, or a file's format cannot be told.
+        ValueError: more than `max_rejected_fraction` of the rows were rejected, or there is no sample.
+    """
+    _clear(samples_folder)
+    _clear(rejected_folder)
+    shards = plan_shards(list_sources(corpus), SHARD_BYTES, corpus.limit)
+    items = [{"shard": shard, "pieces": json.dumps(pieces)} for shard, pieces in enumerate(shards)]
+    ingest = partial(_ingest_shard, corpus=corpus, samples=samples_folder.resolve(), rejected=rejected_folder.resolve())
+    num_samples, num_rejected, contents = 0, 0, [np.zeros(0, np.uint64)]
+    reasons: Counter[str] = Counter()
+    for row in _map_items(items, ingest).iter_rows():
+        num_samples += row["num_samples"]
+        num_rejected += row["num_rejected"]
+        reasons.update(json.loads(row["reasons"]))
+        contents.append(np.frombuffer(row["contents"], np.uint64))
+        progress.advance(row["num_samples"] + row["num_rejected"])
+    if num_rejected == 0:
+        write_table(rejected_folder / _part_name(0, 0), REJECTED.empty_table())
+    _check_rejected(corpus, num_samples, num_rejected, reasons, rejected_folder, max_rejected_fraction)
+    return {
+        "num_rows": num_samples + num_rejected,
+        "num_samples": num_samples,
+        "num_rejected": num_rejected,
+        "num_duplicates": num_samples - len(np.unique(np.concatenate(contents))),
+    }
+
+
+def plan_shards(sources: list[Source], shard_bytes: int, limit: int | None) -> list[list[Piece]]:
+    """What each task reads, in the order of the files: pieces of large files, or small files up to `shard_bytes`.
+
+    A `limit` needs the one order of all rows, so then everything is one shard, of which only the beginning is read.
+    """
+    if limit is not None:
+        return [[Piece(source) for source in sources]]
+    shards: list[list[Piece]] = []
+    room_bytes = 0
+    for pieces in _number_rows([split_source(source, shard_bytes) for source in sources]):
+        for piece in pieces:
+            size_bytes = piece.source.size_bytes // len(pieces)
+            if not shards or size_bytes > room_bytes:
+                shards.append([])
+                room_bytes = shard_bytes
+            shards[-1].append(piece)
+            room_bytes -= size_bytes
+    return shards
+
+
+def _number_rows(files: list[list[Piece]]) -> list[list[Piece]]:
+    """The pieces, those of files of lines with their first rows: all lines are counted, in one pass of its own."""
+    items = [
+        {"file": file, "index": index, "pieces": json.dumps([piece])}
+        for file, pieces in enumerate(files)
+        for index, piece in enumerate(pieces)
+        if piece.needs_first_row
+    ]
+    if not items:
+        return files
+    breaks = {(row["file"], row["index"]): row["num_breaks"] for row in _map_items(items, _count_breaks).iter_rows()}
+    numbered = []
+    for file, pieces in enumerate(files):
+        before = accumulate((breaks.get((file, index), 0) for index in range(len(pieces))), initial=1)
+        rows = zip(pieces, before, strict=False)
+        numbered.append([p._replace(first_row=num) if p.needs_first_row and p.start else p for p, num in rows])
+    return numbered
+
+
+def _count_breaks(batch: pa.Table) -> pa.Table:
+    [piece] = _pieces(batch)
+    return batch.select(["file", "index"]).append_column("num_breaks", pa.array([count_line_breaks(piece)]))
+
+
+def _ingest_shard(batch: pa.Table, corpus: CorpusConfig, samples: Path, rejected: Path) -> pa.Table:
+    """Write a shard's parts; returns its counts, its reasons and its content ids as 64-bit integers."""
+    [shard] = batch["shard"].to_pylist()
+    rows = islice(_read_pieces(_pieces(batch), needed_columns(corpus)), corpus.limit)
+    num_samples = num_rejected = part = 0
+    reasons: Counter[str] = Counter()
+    contents = bytearray()
+    while stretch := list(islice(rows, PART_ROWS)):
+        good, bad = _sort_rows(stretch, corpus)
+        for folder, table in ((samples, good), (rejected, bad)):
+            if len(table):
+                write_table(folder / _part_name(shard, part), table)
+        assert len(good) + len(bad) == len(stretch)
+        num_samples, num_rejected, part = num_samples + len(good), num_rejected + len(bad), part + 1
+        reasons.update(reason.partition(":")[0] for reason in bad["reason"].to_pylist())
+        contents += b"".join(bytes.fromhex(content[:16]) for content in good["content_id"].to_pylist())
+    return pa.table(
+        {
+            "num_samples": [num_samples],
+            "num_rejected": [num_rejected],
+            "reasons": [json.dumps(reasons)],
+            "contents": pa.array([bytes(contents)], pa.large_binary()),
+        }
+    )
+
+
+def _read_pieces(pieces: Iterable[Piece], columns: list[str]) -> Iterator[tuple[str, int, Any]]:
+    for piece in pieces:
+        for source_row, value in read_rows(piece, columns):
+            yield piece.source.name, source_row, value
+
+
+def _sort_rows(rows: list[tuple[str, int, Any]], corpus: CorpusConfig) -> tuple[pa.Table, pa.Table]:
+    """SAMPLES and REJECTED: every row is in one of them."""
+    good, bad = [], []
+    for source_file, source_row, value in rows:
+        try:
+            good.append(read_sample(value, corpus, source_file, source_row))
+        except BadRow as reason:
+            bad.append({"source_file": source_file, "source_row": source_row, "reason": str(reason)})
+    return pa.Table.from_pylist(good, SAMPLES), pa.Table.from_pylist(bad, REJECTED)
+
+
+def _check_rejected(
+    corpus: CorpusConfig,
+    num_samples: int,
+    num_rejected: int,
+    reasons: Counter[str],
+    folder: Path,
+    limit_fraction: float,
+) -> None:
+    num_rows = num_samples + num_rejected
+    if num_samples and num_rejected / num_rows <= limit_fraction:
+        return
+    paths = corpus.path if isinstance(corpus.path, str) else ", ".join(corpus.path)
+    if not num_rows:
+        raise ValueError(f"{paths}: the files hold no row")
+    common = ", ".join(f"{reason} ({num})" for reason, num in reasons.most_common(3))
+    raise ValueError(
+        f"{paths}: {num_rejected} of {num_rows} rows were rejected; run.max_rejected_fraction allows "
+        f"{limit_fraction:g} of them, and at least one must be left. Most common: {common}. "
+        f"First: {_first_reason(folder)}. All are in {folder}"
+    )
+
+
+def _first_reason(folder: Path) -> str:
+    [first] = read_table(parquet_files(folder)[0]).slice(0, 1).to_pylist()
+    return f"{first['source_file']}, row {first['source_row']}: {first['reason']}"
+
+
+def _clear(folder: Path) -> None:
+    """The folder, without parts that an interrupted attempt left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parquet_files(folder):
+        part.unlink()
+
+
+def _map_items(items: list[dict[str, Any]], function: Any) -> ray.data.Dataset:
+    """`function` over tables of one item each, one task each."""
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    return dataset.map_batches(function, batch_size=1, batch_format="pyarrow")
+
+
+def _pieces(batch: pa.Table) -> list[Piece]:
+    [text] = batch["pieces"].to_pylist()
+    return [Piece(Source(*source), *rest) for source, *rest in json.loads(text)]
+
+
+def _part_name(shard: int, part: int) -> str:
+    return f"{shard:06d}-{part:06d}.parquet"
