@@ -382,7 +382,7 @@ def test_measure_alone_counts_active_features(tmp_path):
     report = build_report(tmp_path, config_of(tmp_path))
     assert report["rarefaction"]["counted"] == "all"
     assert report["corpora"]["seed"]["num_active_features"] == 4
-    assert "The anchor corpus switches on 6 of 8 features" in Page(render_report(report)).text
+    assert "Of 8 features, active at threshold 0: anchor 6, seed 4." in Page(render_report(report)).text
 
 
 def test_a_page_of_many_gaps_stays_small(run):

@@ -69,8 +69,10 @@ def line_chart(
     y_label: str,
     y_text: Callable[[float], str] = lambda value: f"{value:,g}",
     y_high: float | None = None,
+    points: bool = False,
 ) -> Markup:
-    """Lines over a shared x axis, both axes from zero; `y_high` fixes the top of the y axis."""
+    """Lines over a shared x axis, both axes from zero; `y_high` fixes the top of the y axis, `points` shows each value
+    as a dot and not only under the pointer."""
     x_ticks = axis_ticks(0, max((x for s in series for x in s.xs), default=1))
     y_ticks = axis_ticks(0, y_high or max((y for s in series for y in s.ys), default=1))
     x, y = _scale_x(x_ticks, LEFT), Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
@@ -81,7 +83,7 @@ def line_chart(
         *(_x_tick(x.at(tick), HEIGHT - BOTTOM, f"{tick:,g}") for tick in x_ticks),
         _x_label(x_label, HEIGHT),
         element("text", y_label, x=-(TOP + HEIGHT - BOTTOM) / 2, y=13, transform="rotate(-90)", class_="label"),
-        *(_line(s, x, y) for s in series),
+        *(_line(s, x, y, "point shown" if points else "point") for s in series),
     )
 
 
@@ -166,11 +168,11 @@ def _x_label(text: str, height: float) -> Markup:
     return element("text", text, x=(LEFT + WIDTH - RIGHT) / 2, y=height - 6, class_="label")
 
 
-def _line(series: Series, x: Scale, y: Scale) -> Markup:
+def _line(series: Series, x: Scale, y: Scale, point: str) -> Markup:
     places = [(x.at(a), y.at(b)) for a, b in zip(series.xs, series.ys, strict=True)]
     path = element("polyline", points=" ".join(f"{a:g},{b:g}" for a, b in places), class_="line")
     points = (
-        element("circle", element("title", f"{series.name}: {note}"), cx=a, cy=b, r=3, class_="point")
+        element("circle", element("title", f"{series.name}: {note}"), cx=a, cy=b, r=3.5, class_=point)
         for (a, b), note in zip(places, series.notes, strict=True)
     )
     return element("g", path, *points, class_=_tone(series.tone))

@@ -6,13 +6,13 @@ All text of models and data goes through Jinja's autoescape; markup comes only f
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from fac_ray.report.charts import Part, Series, dot_chart, line_chart, stacked_bar
-from fac_ray.report.words import FILTERS, percent, plural, sentence
+from fac_ray.report.words import FILTERS, duration, percent, plural, sentence
 
 TONES = {
     "anchor": "anchor",
@@ -21,7 +21,6 @@ TONES = {
     "seed+targeted": "targeted",
     "untargeted": "untargeted",
     "targeted": "targeted",
-    "background": "other",
 }
 """Corpus or arm to the CSS class of its colour and line style."""
 
@@ -79,13 +78,19 @@ def rarefaction_chart(report: dict[str, Any]) -> dict[str, Any]:
     numbers = report.get("rarefaction")
     if not numbers:
         return {}
-    lines = [
-        Series(name, TONES.get(name, "other"), curve["num_samples"], curve["expected_features"], _curve_notes(curve))
-        for name, curve in numbers["curves"].items()
-    ]
+    lengths = {name: curve["num_samples"][-1] for name, curve in numbers["curves"].items()}
+    longest, limit = max(lengths, key=lambda name: lengths[name]), drawn_samples(list(lengths.values()))
+    lines = [_curve_line(name, tone_of(name, lengths), limit, curve) for name, curve in numbers["curves"].items()]
     title = "Expected number of features covered by a random part of each corpus, by number of samples"
     y_label = "relevant features covered" if numbers["counted"] == "reachable" else "active features"
-    return {"lines": lines, "svg": line_chart(lines, title, "samples", y_label)}
+    cut = longest if limit < lengths[longest] else None
+    return {"lines": lines, "svg": line_chart(lines, title, "samples", y_label), "cut": cut}
+
+
+def drawn_samples(lengths: list[int]) -> int:
+    """Largest corpus size that is drawn: all, but of one much larger corpus only twice what the others have."""
+    *others, longest = sorted(lengths)
+    return min(longest, 2 * others[-1]) if others else longest
 
 
 def sweep_chart(report: dict[str, Any]) -> dict[str, Any]:
@@ -96,10 +101,10 @@ def sweep_chart(report: dict[str, Any]) -> dict[str, Any]:
     if "fac_seed" in rows[0]:
         lines = [_sweep_line(rows, key, *line) for key, line in SWEEP_LINES.items()]
         lines = [line for line in lines if line.xs]
-        svg = line_chart(lines, "FAC by threshold", "threshold", "FAC", y_text=percent, y_high=1.0)
+        svg = line_chart(lines, "FAC by threshold", "threshold", "FAC", y_text=percent, y_high=1.0, points=True)
     else:
         lines = [_active_line(rows, name) for name in rows[0]["active_features"]]
-        svg = line_chart(lines, "Active features by threshold", "threshold", "active features")
+        svg = line_chart(lines, "Active features by threshold", "threshold", "active features", points=True)
     return {"lines": lines, "svg": svg}
 
 
@@ -120,7 +125,7 @@ def arms_chart(report: dict[str, Any]) -> dict[str, Any]:
     if not arms:
         return {}
     rows = [
-        Series(name, TONES.get(name, "other"), auprc["values"], [], [f"{value:.3f}" for value in auprc["values"]])
+        Series(name, tone_of(name, arms), auprc["values"], [], [f"{value:.3f}" for value in auprc["values"]])
         for name, auprc in arms.items()
     ]
     means = [auprc["mean"] for auprc in arms.values()]
@@ -128,14 +133,24 @@ def arms_chart(report: dict[str, Any]) -> dict[str, Any]:
     return {"svg": dot_chart(rows, means, stds, "AUPRC on held-out samples by training set", "AUPRC, held-out")}
 
 
-def time_bars(report: dict[str, Any]) -> dict[str, Markup]:
-    """One bar for each stage, as a share of the time of all."""
-    seconds = {name: stage["seconds"] or 0.0 for name, stage in report["stages"].items()}
-    whole = max(seconds.values(), default=0.0)
-    return {
-        name: stacked_bar([Part(name, "seed", value), Part("", "empty", whole - value)], f"{value:,.1f} s")
+def time_bars(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Seconds and a bar for each stage, over all corpora; the bars are shares of the longest."""
+    seconds: dict[str, float] = {}
+    for name, stage in report["stages"].items():
+        kind = name.partition("/")[0]
+        seconds[kind] = seconds.get(kind, 0.0) + (stage["seconds"] or 0.0)
+    longest = max(seconds.values(), default=0.0)
+    bars = {
+        name: stacked_bar([Part(name, "seed", value), Part("", "empty", longest - value)], duration(value))
         for name, value in seconds.items()
     }
+    return {name: {"seconds": value, "svg": bars[name]} for name, value in seconds.items()}
+
+
+def tone_of(name: str, names: Iterable[str]) -> str:
+    """CSS class suffix of a corpus or arm among those shown with it; unknown ones take turns with three tones."""
+    others = [other for other in names if other not in TONES]
+    return TONES.get(name) or f"other{others.index(name) % 3}"
 
 
 def _environment() -> jinja2.Environment:
@@ -155,9 +170,11 @@ def _listed(parts: list[Part]) -> str:
     return ", ".join(f"{part.value:,g} {part.name}" for part in parts)
 
 
-def _curve_notes(curve: dict[str, Any]) -> list[str]:
+def _curve_line(name: str, tone: str, limit: int, curve: dict[str, Any]) -> Series:
     pairs = zip(curve["num_samples"], curve["expected_features"], strict=True)
-    return [f"{features:,.1f} features in {plural(samples, 'sample')}" for samples, features in pairs]
+    shown = [(samples, features) for samples, features in pairs if samples <= limit]
+    notes = [f"{features:,.1f} features in {plural(samples, 'sample')}" for samples, features in shown]
+    return Series(name, tone, *zip(*shown, strict=True), notes)
 
 
 def _sweep_line(rows: list[dict[str, Any]], key: str, name: str, tone: str) -> Series:
@@ -169,4 +186,4 @@ def _sweep_line(rows: list[dict[str, Any]], key: str, name: str, tone: str) -> S
 def _active_line(rows: list[dict[str, Any]], name: str) -> Series:
     counts = [row["active_features"][name] for row in rows]
     notes = [f"{count:,} at threshold {row['threshold']:g}" for count, row in zip(counts, rows, strict=True)]
-    return Series(name, TONES.get(name, "other"), [row["threshold"] for row in rows], counts, notes)
+    return Series(name, tone_of(name, rows[0]["active_features"]), [row["threshold"] for row in rows], counts, notes)

@@ -26,11 +26,13 @@ def sentence(report: dict[str, Any]) -> str:
     return f"{found}; synthesis switched on {report['switched_on_features']:,} of them."
 
 
-def percent(value: float | None) -> str:
-    """A share as a whole percentage; a little is never shown as nothing, nor almost all as all."""
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share as a percentage; a little is never shown as nothing, nor almost all as all."""
     if value is None:
         return NONE
-    text = "<1" if 0 < value < 0.005 else ">99" if 0.995 <= value < 1 else f"{100 * value:.0f}"
+    text, least = f"{100 * value:.{digits}f}", 10.0**-digits
+    if 0 < value < 1 and float(text) in (0, 100):
+        text = f"<{least:g}" if value < 0.5 else f">{100 - least:g}"
     return f"{text}\N{NARROW NO-BREAK SPACE}%"
 
 
@@ -42,6 +44,11 @@ def count(value: float | None) -> str:
 def decimal(value: float | None, digits: int = 3) -> str:
     """A number with a fixed number of decimals."""
     return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def short(value: float) -> str:
+    """A number with as few digits as it needs, at most six: a threshold."""
+    return f"{value:g}"
 
 
 def signed(value: float | None) -> str:
@@ -94,9 +101,9 @@ def _corpora_sentence(report: dict[str, Any]) -> str:
     active = {name: row for name, row in report.get("corpora", {}).items() if "num_active_features" in row}
     if not active:
         return "Nothing has been measured yet."
-    name, row = next(iter(active.items()))
-    found = f"The {name} corpus switches on {count(row['num_active_features'])} of {plural(row['d_sae'], 'feature')}"
-    return f"{found}, at threshold {report['threshold']:g}."
+    d_sae = plural(next(iter(active.values()))["d_sae"], "feature")
+    found = ", ".join(f"{name} {row['num_active_features']:,}" for name, row in active.items())
+    return f"Of {d_sae}, active at threshold {report['threshold']:g}: {found}."
 
 
 FILTERS = {
@@ -104,6 +111,7 @@ FILTERS = {
     "count": count,
     "decimal": decimal,
     "duration": duration,
+    "short": short,
     "signed": signed,
     "size": size,
     "clip": clip,
