@@ -1,0 +1,174 @@
+"""The language model cut at the hook: token ids in, residual stream out.
+
+Only the first `hook_layer` blocks are loaded. No later block and no head exists, so none is computed, and the weights of
+those that are dropped are never read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from fac_ray.config import ConfigError, ModelConfig
+
+NO_LIMIT_TOKENS = 1 << 20
+"""A context length above this is how model files say "unknown"."""
+
+CAUSALITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest change of the first tokens, relative to their size, when more tokens follow: rounding, nothing else."""
+
+
+class Backbone(nn.Module):
+    """The blocks up to the hook, with their tokenizer; made by `load_backbone`."""
+
+    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        text_config = model.config.get_text_config()
+        self.d_model: int = text_config.hidden_size
+        """Width of the residual stream."""
+        self.context_tokens: int = _context_tokens(text_config, tokenizer)
+        """Longest sequence that the model was made for."""
+        blocks[-1].register_forward_hook(self._keep_residual)
+        self._residual: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def residual(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
+        """Residual stream after the last block, float32: `hidden_states[hook_layer]` of the whole model, and where the
+        hook is the very last block, the stream before the final norm.
+
+        Short rows are padded on the right with any id: attention is causal, so what precedes the padding never
+        sees it. The rows' own padding positions hold numbers without meaning.
+        """
+        self.model(input_ids=token_ids.to(self.device), use_cache=False)
+        residual, self._residual = self._residual, None
+        assert residual is not None, "the last block has not run"
+        return residual.float()
+
+    def _keep_residual(self, _block: nn.Module, _inputs: Any, output: Any) -> None:
+        self._residual = output if isinstance(output, Tensor) else output[0]
+
+
+def load_backbone(model: ModelConfig, device: str | None = None) -> Backbone:
+    """The model of the config, cut after block `hook_layer`, in evaluation mode; `device` None: a GPU if there is one.
+
+    Raises:
+        ConfigError: nothing usable is at `model.path`, the model has fewer blocks than `hook_layer`, some of its
+            weights are missing, its attention is not causal, or its tokenizer is not a fast one.
+    """
+    with _plain_errors(model):
+        settings = AutoConfig.from_pretrained(model.path, **_source(model))
+        _cut(settings, model)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, **_source(model))
+        with _quiet():
+            network, loading = AutoModel.from_pretrained(
+                model.path,
+                config=settings,
+                dtype=getattr(torch, model.dtype),
+                output_loading_info=True,
+                **_source(model),
+            )
+    if loading["missing_keys"]:
+        raise ConfigError(f"model.path {model.path!r}: weights are missing: {sorted(loading['missing_keys'])[:3]} ...")
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"model.path {model.path!r}: {type(tokenizer).__name__} is not a fast tokenizer, and only those say which "
+            "characters a token stands for; add a tokenizer.json"
+        )
+    backbone = Backbone(network, _blocks(network, model), tokenizer)
+    backbone.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _require_causal(backbone, model)
+    return backbone
+
+
+def _source(model: ModelConfig) -> dict[str, Any]:
+    return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+
+
+@contextmanager
+def _plain_errors(model: ModelConfig) -> Iterator[None]:
+    """What the loaders say about a path, as one error with the config's key."""
+    path = Path(model.path).expanduser()
+    if not path.is_dir() and (path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1):
+        looks_local = path.is_absolute() or "/" in model.path or model.path.startswith((".", "~"))
+        if looks_local:
+            raise ConfigError(f"model.path {model.path!r}: no such folder")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        offline = " (hubs are switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.path {model.path!r}: not a folder with a model, and it cannot be had from the hub{offline}: "
+            f"{first_line}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report of weights that are not needed, which are all of those after the cut."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _cut(settings: Any, model: ModelConfig) -> None:
+    """Make the model's own config describe the cut model."""
+    text = settings.get_text_config()
+    num_blocks = getattr(text, "num_hidden_layers", None)
+    if settings.is_encoder_decoder or num_blocks is None:
+        raise ConfigError(f"model.path {model.path!r}: {settings.model_type} is not a decoder-only language model")
+    if model.hook_layer > num_blocks:
+        raise ConfigError(
+            f"model.hook_layer {model.hook_layer}: {model.path} has {num_blocks} blocks; give 1 to {num_blocks}"
+        )
+    text.num_hidden_layers = model.hook_layer
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[: model.hook_layer]
+
+
+def _blocks(network: PreTrainedModel, model: ModelConfig) -> nn.ModuleList:
+    """The list of blocks: the outermost module list of that length in the decoder."""
+    for module in network.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.hook_layer:
+            return module
+    raise ConfigError(f"model.path {model.path!r}: no list of {model.hook_layer} blocks in {type(network).__name__}")
+
+
+def _context_tokens(text_config: Any, tokenizer: PreTrainedTokenizerFast) -> int:
+    for value in (getattr(text_config, "max_position_embeddings", None), tokenizer.model_max_length):
+        if value is not None and 0 < value < NO_LIMIT_TOKENS:
+            return int(value)
+    return NO_LIMIT_TOKENS
+
+
+def _require_causal(backbone: Backbone, model: ModelConfig) -> None:
+    """Padding without a mask is right only if no token sees a later one: seen on a few tokens before anything else."""
+    token_ids = torch.arange(8)[None] % backbone.model.config.get_text_config().vocab_size
+    alone, followed = backbone.residual(token_ids[:, :4]), backbone.residual(token_ids)[:, :4]
+    change = (alone - followed).abs().max() / alone.abs().max()
+    if not change < CAUSALITY_TOLERANCE[getattr(torch, model.dtype)]:
+        raise ConfigError(f"model.path {model.path!r}: its tokens see later ones; a causal language model is needed")
