@@ -61,6 +61,12 @@ def deepspeed_config(training: TrainingConfig, num_parameters: int) -> dict[str,
     }
 
 
+def learning_rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
+    """Share of the peak learning rate at a 0-based step: up over `num_warmup` steps, then down to 0 at `num_steps`."""
+    falling = (num_steps - step) / max(1, num_steps - num_warmup)
+    return max(0.0, min((step + 1) / num_warmup, falling, 1.0))
+
+
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases and norms, which have one dimension, without."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -71,8 +77,4 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
 
 def _schedule(optimizer: Any, num_steps: int, warmup_fraction: float) -> torch.optim.lr_scheduler.LambdaLR:
     num_warmup = max(1, round(num_steps * warmup_fraction))
-
-    def factor(step: int) -> float:
-        return min((step + 1) / num_warmup, (num_steps - step) / max(1, num_steps - num_warmup), 1.0)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, factor(step)))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps, num_warmup))
