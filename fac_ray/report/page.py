@@ -174,7 +174,7 @@ def _curve_line(name: str, tone: str, limit: int, curve: dict[str, Any]) -> Seri
     pairs = zip(curve["num_samples"], curve["expected_features"], strict=True)
     shown = [(samples, features) for samples, features in pairs if samples <= limit]
     notes = [f"{features:,.1f} features in {plural(samples, 'sample')}" for samples, features in shown]
-    return Series(name, tone, *zip(*shown, strict=True), notes)
+    return Series(name, tone, [samples for samples, _ in shown], [features for _, features in shown], notes)
 
 
 def _sweep_line(rows: list[dict[str, Any]], key: str, name: str, tone: str) -> Series:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int
 
 from fac_ray.artifacts import parquet_files, read_table
 from fac_ray.report.inputs import RunInputs
@@ -99,19 +101,27 @@ def _accepted(inputs: RunInputs) -> dict[int, list[dict[str, Any]]]:
 def _peaks(inputs: RunInputs) -> dict[tuple[str, int], list[int]]:
     """Characters of the peak token, by content and feature, from the measured targeted corpus."""
     samples, activations = inputs.folder / "samples" / "targeted", inputs.folder / "activations" / "targeted"
-    if "targeted" not in inputs.coverage or not parquet_files(samples) or not parquet_files(activations):
+    if inputs.targeted is None or "targeted" not in inputs.coverage or not parquet_files(activations):
         return {}
-    assert inputs.targeted is not None
-    wanted = set(zip(inputs.targeted["content_id"].to_pylist(), inputs.targeted["feature_id"].to_pylist(), strict=True))
-    contents = read_table(samples, ["sample_id", "content_id"]).to_pydict()
-    content_of = dict(zip(contents["sample_id"], contents["content_id"], strict=True))
+    wanted = defaultdict(list)
+    for row in inputs.targeted.select(["content_id", "feature_id"]).to_pylist():
+        wanted[row["content_id"]].append(row["feature_id"])
+    ids = read_table(samples, ["sample_id", "content_id"])
+    content_of = dict(zip(ids["sample_id"].to_pylist(), ids["content_id"].to_pylist(), strict=True))
     columns = ["sample_id", "feature_ids", "peak_start", "peak_end"]
-    return {
-        (content_of[row["sample_id"]], feature): [start, end]
-        for row in read_table(activations, columns).to_pylist()
-        for feature, start, end in zip(row["feature_ids"], row["peak_start"], row["peak_end"], strict=True)
-        if (content_of.get(row["sample_id"]), feature) in wanted
-    }
+    found = {}
+    for sample, features, starts, ends in zip(*read_table(activations, columns).columns, strict=True):
+        content = content_of.get(sample.as_py(), "")
+        for feature, at in _places(features.values.to_numpy(), wanted.get(content, [])):
+            found[content, feature] = [starts[at].as_py(), ends[at].as_py()]
+    return found
+
+
+def _places(feature_ids: Int[np.ndarray, " features"], wanted: list[int]) -> list[tuple[int, int]]:
+    """Each wanted feature that is among the ascending ids, with its place there."""
+    places = np.searchsorted(feature_ids, wanted).tolist()
+    pairs = zip(wanted, places, strict=True)
+    return [(feature, at) for feature, at in pairs if at < len(feature_ids) and feature_ids[at] == feature]
 
 
 def _switched_on(inputs: RunInputs) -> set[int] | None:
