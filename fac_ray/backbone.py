@@ -1,24 +1,35 @@
 """The language model cut at the hook: token ids in, residual stream out.
 
-Only the first `hook_layer` blocks are loaded. No later block and no head exists, so none is computed, and the weights of
-those that are dropped are never read.
+Only the first `hook_layer` blocks are loaded: no later block and no head exists, so none is computed, and their weights
+are never read.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from fac_ray.config import ConfigError, ModelConfig
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 NO_LIMIT_TOKENS = 1 << 20
 """A context length above this is how model files say "unknown"."""
@@ -71,21 +82,17 @@ def load_backbone(model: ModelConfig, device: str | None = None) -> Backbone:
         ConfigError: nothing usable is at `model.path`, the model has fewer blocks than `hook_layer`, some of its
             weights are missing, its attention is not causal, or its tokenizer is not a fast one.
     """
-    with _plain_errors(model):
-        settings = AutoConfig.from_pretrained(model.path, **_source(model))
-        _cut(settings, model)
-        tokenizer = AutoTokenizer.from_pretrained(model.path, **_source(model))
-        with _quiet():
-            network, loading = AutoModel.from_pretrained(
-                model.path,
-                config=settings,
-                dtype=getattr(torch, model.dtype),
-                output_loading_info=True,
-                **_source(model),
-            )
-    if loading["missing_keys"]:
-        raise ConfigError(f"model.path {model.path!r}: weights are missing: {sorted(loading['missing_keys'])[:3]} ...")
-    if not tokenizer.is_fast:
+    try:
+        network, tokenizer, missing = _load(model)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        offline = " (hubs are switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model.path {model.path!r}: cannot be loaded{offline}: {reason}") from error
+    if missing:
+        raise ConfigError(f"model.path {model.path!r}: {len(missing)} weights are missing, such as {min(missing)}")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
             f"model.path {model.path!r}: {type(tokenizer).__name__} is not a fast tokenizer, and only those say which "
             "characters a token stands for; add a tokenizer.json"
@@ -96,29 +103,20 @@ def load_backbone(model: ModelConfig, device: str | None = None) -> Backbone:
     return backbone
 
 
-def _source(model: ModelConfig) -> dict[str, Any]:
-    return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-
-
-@contextmanager
-def _plain_errors(model: ModelConfig) -> Iterator[None]:
-    """What the loaders say about a path, as one error with the config's key."""
+def _load(model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Collection[str]]:
+    """The cut model, its tokenizer, and the names of weights that the files lack."""
     path = Path(model.path).expanduser()
-    if not path.is_dir() and (path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1):
-        looks_local = path.is_absolute() or "/" in model.path or model.path.startswith((".", "~"))
-        if looks_local:
-            raise ConfigError(f"model.path {model.path!r}: no such folder")
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        offline = " (hubs are switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"model.path {model.path!r}: not a folder with a model, and it cannot be had from the hub{offline}: "
-            f"{first_line}"
-        ) from error
+    if not path.is_dir() and not HUB_ID.fullmatch(model.path):
+        raise ConfigError(f"model.path {model.path!r}: no such folder")
+    source = str(path) if path.is_dir() else model.path
+    options: dict[str, Any] = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+    settings = AutoConfig.from_pretrained(source, **options)
+    _cut(settings, model)
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    options |= {"config": settings, "dtype": getattr(torch, model.dtype)}
+    with _quiet():
+        network, loading = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+    return network, tokenizer, loading["missing_keys"]
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """From a text or chat to token ids, the tokens that are pooled, and the characters that each token stands for.
 
 A plain text is a chat of one user message if the tokenizer has a chat template, and raw text otherwise. Which tokens
-lie inside message contents is found by characters in the rendered chat, so it holds for any template: the chat is rendered
-a second time with placeholders for its contents, which tells template and contents apart.
+lie inside message contents is found by characters in the rendered chat, so it holds for any template: the same roles
+are rendered once with placeholders for contents, which tells what the template writes from what the messages say.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TokenizedSample(NamedTuple):
     pooled: Bool[np.ndarray, " T"]
     """Tokens over which activations are maximised; at least one."""
     start: Int[np.ndarray, " T"]
-    """First character of the token in the sample's text; for a token outside the contents, where the next one starts."""
+    """First character of the token in the sample's text; of a token outside contents, where the next content starts."""
     end: Int[np.ndarray, " T"]
     """Character after the token's last; equal to `start` for a token outside the contents."""
     truncated: bool
@@ -68,11 +68,9 @@ def tokenize(
         ValueError: the sample is empty, the template refuses it, or no token of it would be pooled.
     """
     rendered = render(tokenizer, text, messages)
-    doubled = measure.double_bos and bool(tokenizer.chat_template)
-    starts_with_bos = bool(tokenizer.bos_token) and rendered.string.startswith(tokenizer.bos_token)
     encoding = tokenizer(
         rendered.string,
-        add_special_tokens=bool(doubled or not starts_with_bos),
+        add_special_tokens=bool(measure.double_bos) or not _has_bos(tokenizer, rendered),
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
@@ -103,7 +101,7 @@ def windows(sample: TokenizedSample, window_tokens: int, bos_token_id: int | Non
         stop = min(context + window_tokens - len(head), num_tokens)
         positions = first + np.flatnonzero(sample.pooled[first:stop])
         if len(positions):
-            token_ids = np.concatenate([head, sample.token_ids[context:stop]])
+            token_ids = np.concatenate([head, sample.token_ids[context : positions[-1] + 1]])
             found.append(Window(token_ids, positions - context + len(head), positions))
         first = stop
     return found
@@ -144,9 +142,16 @@ def _content(message: Message) -> str:
     return content
 
 
+def _has_bos(tokenizer: PreTrainedTokenizerFast, rendered: Rendered) -> bool:
+    """Whether the template wrote the BOS that the tokenizer would add; one that a content starts with is not it."""
+    written = rendered.string[: rendered.inside[0, 0]] if len(rendered.inside) else rendered.string
+    return bool(tokenizer.bos_token) and written.startswith(tokenizer.bos_token)
+
+
 def _apply_template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> str:
     try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, date_string=TEMPLATE_DATE)
+        chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, date_string=TEMPLATE_DATE))
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
 

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Float32, Int, Int32, Int64
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from fac_ray.backbone import load_backbone
 from fac_ray.chat import TokenizedSample, Window, tokenize, windows
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.sae import SaeLensAutoencoder, load_sae, require_fit
+from fac_ray.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
+from fac_ray.sae import SparseAutoencoder, load_sae, require_fit
 from fac_ray.schema import ACTIVATIONS, Message
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ LONGEST_WINDOW_TOKENS = 4096
 
 STRETCH_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Numbers (tokens x d_sae) that the SAE computes at once: 64 MiB on a CPU, 1 GiB on a GPU."""
+
+
+NOT_FINITE = "its activations are not finite; use model.dtype bfloat16 or float32"
 
 
 class SampleFeatures(NamedTuple):
@@ -51,16 +55,6 @@ class SampleFeatures(NamedTuple):
     """Why the sample could not be measured; then n = 0."""
 
 
-class Peaks(NamedTuple):
-    """Features of one sample over some of its tokens: largest activation, and where."""
-
-    feature_ids: Int64[np.ndarray, " n"]
-    """Ascending."""
-    activations: Float32[np.ndarray, " n"]
-    positions: Int64[np.ndarray, " n"]
-    """Position in the sample of the first token with that activation."""
-
-
 class FeatureExtractor:
     """A loaded language model and SAE that turn texts into sparse feature activations."""
 
@@ -76,7 +70,7 @@ class FeatureExtractor:
         require_fit(self.sae, model, self.backbone.d_model)
         self.window_tokens = self._window_tokens()
         self._batch_tokens = measure.batch_tokens
-        if self.measure.activation == "dense" and isinstance(self.sae, SaeLensAutoencoder):
+        if self.measure.activation == "dense" and not isinstance(self.sae, SparseAutoencoder):
             raise ConfigError(f"measure.activation 'dense' is not defined for the SAE at {sae.path}; use 'native'")
 
     @property
@@ -91,26 +85,18 @@ class FeatureExtractor:
         Raises:
             RuntimeError: not even a single window fits into the device's memory.
         """
-        tokenized = [self._tokenize(text, messages) for text, messages in samples]
-        peaks: list[list[Peaks]] = [[] for _ in samples]
-        errors = {i: sample for i, sample in enumerate(tokenized) if isinstance(sample, str)}
-        jobs = [
+        tokenized = [self._tokenized(text, messages) for text, messages in samples]
+        bos_token_id = self.backbone.tokenizer.bos_token_id
+        pending = [
             (i, window)
             for i, sample in enumerate(tokenized)
-            if not isinstance(sample, str)
-            for window in windows(sample, self.window_tokens, self.backbone.tokenizer.bos_token_id)
+            if isinstance(sample, TokenizedSample)
+            for window in windows(sample, self.window_tokens, bos_token_id)
         ]
-        pending = deque(sorted(jobs, key=lambda job: -len(job[1].token_ids)))
-        while pending:
-            for i, found in self._next_batch(pending):
-                if found is None:
-                    errors[i] = "the model's residual stream is not finite here; use model.dtype bfloat16 or float32"
-                else:
-                    peaks[i].append(found)
-        return [
-            _unmeasured(errors[i]) if i in errors else _features(sample, _merged(peaks[i]))
-            for i, sample in enumerate(tokenized)
-        ]
+        parts: list[list[Peaks]] = [[] for _ in samples]
+        for i, peaks in self._pooled(pending):
+            parts[i].append(peaks)
+        return [_features(sample, found) for sample, found in zip(tokenized, parts, strict=True)]
 
     def extract_table(self, samples: pa.Table) -> pa.Table:
         """ACTIVATIONS rows for SAMPLES rows (columns sample_id, text, messages), in the same order."""
@@ -137,120 +123,79 @@ class FeatureExtractor:
             return self.measure.max_tokens
         return self.measure.window_tokens or min(context, LONGEST_WINDOW_TOKENS)
 
-    def _tokenize(self, text: str, messages: Sequence[Message] | None) -> TokenizedSample | str:
+    def _tokenized(self, text: str, messages: Sequence[Message] | None) -> TokenizedSample | str:
+        """The sample's tokens, or why it has none."""
         try:
             return tokenize(self.backbone.tokenizer, text, messages, self.measure)
         except ValueError as error:
             return str(error)
 
-    def _next_batch(self, pending: deque[tuple[int, Window]]) -> list[tuple[int, Peaks | None]]:
-        """Take as many windows as the token budget allows, and measure them. If memory runs out, the budget is halved
-        for good and the windows go back."""
-        longest = len(pending[0][1].token_ids)
-        batch = [pending.popleft() for _ in range(min(len(pending), max(1, self._batch_tokens // longest)))]
-        try:
-            found = self._measure([window for _, window in batch])
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise RuntimeError(
-                    f"a single window of {longest} tokens does not fit into the memory of {self.backbone.device}; "
-                    "set a smaller measure.window_tokens or model.dtype bfloat16"
-                ) from error
-            self._batch_tokens = longest * len(batch) // 2
-        else:
-            return [(i, peaks) for (i, _), peaks in zip(batch, found, strict=True)]
+    def _pooled(self, pending: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks]]:
+        """(owner, peaks) of every (owner, window), longest first, as many at once as the token budget allows."""
+        longest_first = deque(sorted(pending, key=lambda owned: -len(owned[1].token_ids)))
+        while longest_first:
+            num_windows = max(1, self._batch_tokens // len(longest_first[0][1].token_ids))
+            batch = [longest_first.popleft() for _ in range(min(num_windows, len(longest_first)))]
+            try:
+                found = self._peaks([window for _, window in batch])
+            except torch.OutOfMemoryError as error:
+                self._take_less(batch, error)
+                longest_first.extendleft(reversed(batch))
+            else:
+                yield from ((batch[row][0], peaks) for row, peaks in found)
+
+    def _take_less(self, batch: Sequence[tuple[int, Window]], error: torch.OutOfMemoryError) -> None:
+        """From now on half as many windows at once as in the batch for which memory ran out."""
+        longest = len(batch[0][1].token_ids)
+        if len(batch) == 1:
+            raise RuntimeError(
+                f"a single window of {longest} tokens does not fit into the memory of {self.backbone.device}; set a "
+                "smaller measure.window_tokens, or model.dtype bfloat16"
+            ) from error
+        self._batch_tokens = longest * len(batch) // 2
         torch.cuda.empty_cache()
-        logger.warning("out of memory: batches are now at most %d tokens", self._batch_tokens)
-        pending.extendleft(reversed(batch))
-        return []
+        logger.warning("out of memory: from now on at most %d tokens at once", self._batch_tokens)
 
     @torch.inference_mode()
-    def _measure(self, batch: Sequence[Window]) -> list[Peaks | None]:
-        """Peaks of each window; None where the residual stream is not finite."""
-        token_ids = torch.zeros(len(batch), max(len(w.token_ids) for w in batch), dtype=torch.long)
+    def _peaks(self, batch: Sequence[Window]) -> list[tuple[int, Peaks]]:
+        """(row in the batch, peaks) of each window, and of a window that is cut between stretches for each stretch."""
+        token_ids = torch.zeros(len(batch), len(batch[0].token_ids), dtype=torch.long)
         for row, window in zip(token_ids, batch, strict=True):
             row[: len(window.token_ids)] = torch.from_numpy(window.token_ids)
-        owners = np.repeat(np.arange(len(batch)), [len(w.pooled) for w in batch])
-        columns = np.concatenate([w.pooled for w in batch])
-        positions = np.concatenate([w.positions for w in batch])
-        residual = self.backbone.residual(token_ids)
-        residual = residual[torch.from_numpy(owners), torch.from_numpy(columns)]
-        broken = set(owners[~residual.isfinite().all(dim=-1).cpu().numpy()].tolist())
-        parts: list[list[Peaks]] = [[] for _ in batch]
-        stretch = max(1, STRETCH_NUMBERS[self.backbone.device.type] // self.d_sae)
-        for first in range(0, len(owners), stretch):
-            taken = slice(first, first + stretch)
-            for owner, peaks in self._peaks(residual[taken], owners[taken], positions[taken]):
-                parts[owner].append(peaks)
-        return [None if row in broken else _merged(found) for row, found in enumerate(parts)]
+        rows = np.repeat(np.arange(len(batch)), [len(window.pooled) for window in batch])
+        columns = np.concatenate([window.pooled for window in batch])
+        positions = np.concatenate([window.positions for window in batch])
+        residual = self.backbone.residual(token_ids)[torch.from_numpy(rows), torch.from_numpy(columns)]
+        num_tokens = max(1, STRETCH_NUMBERS[self.backbone.device.type] // self.d_sae)
+        found = []
+        for first in range(0, len(rows), num_tokens):
+            stretch = slice(first, first + num_tokens)
+            starts = np.flatnonzero(np.diff(rows[stretch], prepend=-1))
+            peaks = self._stretch_peaks(residual[stretch], [*starts.tolist(), len(rows[stretch])])
+            found += [
+                (int(row), part._replace(tokens=positions[stretch][part.tokens]))
+                for row, part in zip(rows[stretch][starts], peaks, strict=True)
+            ]
+        return found
 
-    def _peaks(
-        self, x: Float[Tensor, "N d_model"], owners: Int64[np.ndarray, " N"], positions: Int64[np.ndarray, " N"]
-    ) -> list[tuple[int, Peaks]]:
-        """(owner, peaks) of each owner of these tokens, which lie together and in order."""
-        activation = self.measure.activation
-        assert activation is not None
-        starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        if activation == "native" and self.sae.k is not None:
-            segments = torch.from_numpy(np.searchsorted(starts, np.arange(len(owners)), side="right") - 1).to(x.device)
-            found = _sparse_peaks(*self.sae.top_k(x), segments, self.d_sae)
-        else:
-            found = _dense_peaks(self.sae.encode(x, activation), np.append(starts, len(owners)))
-        segment, feature_ids, activations, tokens = (column.cpu().numpy() for column in found)
-        bounds = np.searchsorted(segment, np.arange(len(starts) + 1))
-        return [
-            (int(owners[starts[s]]), Peaks(feature_ids[a:b], activations[a:b], positions[tokens[a:b]]))
-            for s, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
-        ]
+    def _stretch_peaks(self, residual: Float[Tensor, "N d_model"], bounds: Sequence[int]) -> Iterator[Peaks]:
+        assert self.measure.activation is not None
+        if self.measure.activation == "native" and isinstance(self.sae, SparseAutoencoder) and self.sae.k is not None:
+            return sparse_peaks(*self.sae.top_k(residual), bounds, self.d_sae)
+        return dense_peaks(self.sae.encode(residual, self.measure.activation), bounds)
 
 
-Found = tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"], Int[Tensor, " n"]]
-"""Segment, feature id, activation and token of each peak, ordered by segment and then by feature."""
-
-
-def _sparse_peaks(
-    values: Float[Tensor, "N k"], feature_ids: Int[Tensor, "N k"], segments: Int[Tensor, " N"], d_sae: int
-) -> Found:
-    """Peaks of tokens of which only k features are known: the largest value, and the first token that has it, for each
-    pair of segment and feature."""
-    tokens = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
-    keys = (segments[:, None] * d_sae + feature_ids)[values > 0]
-    tokens, values = tokens[values > 0], values[values > 0]
-    order = values.argsort(descending=True, stable=True)
-    order = order[keys[order].argsort(stable=True)]
-    keys, values, tokens = keys[order], values[order], tokens[order]
-    first = torch.ones_like(keys, dtype=torch.bool)
-    first[1:] = keys[1:] != keys[:-1]
-    keys = keys[first]
-    return keys // d_sae, keys % d_sae, values[first], tokens[first]
-
-
-def _dense_peaks(activations: Float[Tensor, "N d_sae"], bounds: Int64[np.ndarray, " S+1"]) -> Found:
-    """Peaks of tokens of which every feature is known; segment s has the tokens from bounds[s] to bounds[s + 1]."""
-    largest = [activations[a:b].max(dim=0) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    values = torch.stack([found.values for found in largest])
-    tokens = torch.stack([found.indices + int(a) for found, a in zip(largest, bounds[:-1], strict=True)])
-    segments, feature_ids = (values > 0).nonzero(as_tuple=True)
-    return segments, feature_ids, values[segments, feature_ids], tokens[segments, feature_ids]
-
-
-def _merged(parts: Sequence[Peaks]) -> Peaks:
-    """Peaks over all tokens from those over some: larger activation first, then earlier token."""
-    if len(parts) == 1:
-        return parts[0]
-    feature_ids, activations, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((positions, -activations, feature_ids))
-    first = np.diff(feature_ids[order], prepend=-1) > 0
-    order = order[first]
-    return Peaks(feature_ids[order], activations[order], positions[order])
-
-
-def _features(sample: TokenizedSample, peaks: Peaks) -> SampleFeatures:
+def _features(sample: TokenizedSample | str, parts: Sequence[Peaks]) -> SampleFeatures:
+    if isinstance(sample, str):
+        return _unmeasured(sample)
+    if not all(np.isfinite(part.activations).all() for part in parts):
+        return _unmeasured(NOT_FINITE)
+    peaks = merge_peaks(parts)
     return SampleFeatures(
         peaks.feature_ids.astype(np.int32),
         peaks.activations,
-        sample.start[peaks.positions],
-        sample.end[peaks.positions],
+        sample.start[peaks.tokens],
+        sample.end[peaks.tokens],
         int(sample.pooled.sum()),
         sample.truncated,
         None,

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fac_ray.config import ConfigError, ModelConfig, SaeConfig
@@ -40,6 +44,7 @@ class SparseAutoencoder(nn.Module):
     W_enc: Tensor
     b_enc: Tensor
     b_in: Tensor
+    threshold: Tensor | None
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ def load_sae(sae: SaeConfig, device: str | torch.device | None = None) -> Sparse
     """The SAE of the config on `device` (None: a GPU if there is one).
 
     Raises:
-        ConfigError: nothing readable is at `sae.path`, or it holds an SAE that does not read a residual stream as it is.
+        ConfigError: nothing readable is at `sae.path`, or the SAE there does not read a plain residual stream.
     """
     path = Path(sae.path).expanduser()
     if path.is_dir():
@@ -142,7 +147,7 @@ def sae_width(sae: SaeConfig) -> int:
     if path.is_dir():
         return int(_read_settings(path)["d_sae"])
     if path.is_file():
-        return int(_read_authors(path)["weight"]["W_enc"].shape[1])
+        return int(_read_authors(path)[0]["W_enc"].shape[1])
     return load_sae(sae, "cpu").d_sae
 
 
@@ -190,12 +195,17 @@ def _load_folder(path: Path) -> SparseAutoencoder | SaeLensAutoencoder:
     settings = _read_settings(path)
     version = str((settings.get("metadata") or {}).get("sae_lens_version") or "")
     if settings.get("architecture") in ARCHITECTURES and version and int(version.split(".")[0]) >= 6:
-        from safetensors.torch import load_file
-
-        return _from_saelens(settings, load_file(path / "sae_weights.safetensors"), str(path))
+        return _from_saelens(settings, _read_weights(path), str(path))
     from sae_lens import SAE
 
     return _wrap(SAE.load_from_disk(path, device="cpu", dtype="float32"), str(path))
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path / "sae_weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"sae.path {str(path)!r}: its sae_weights.safetensors cannot be read: {error}") from error
 
 
 def _load_hub(path: str) -> SparseAutoencoder | SaeLensAutoencoder:
@@ -266,20 +276,22 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _load_authors(path: Path) -> SparseAutoencoder:
-    state = _read_authors(path)
-    weight, k = state["weight"], int(state["config"]["topK"])
-    mask = weight.get("mask", torch.ones_like(weight["b_enc"])).float()
-    return SparseAutoencoder(weight["W_enc"].float() * mask, weight["b_enc"].float() * mask, weight["b_dec"], k=k)
+    weight, k = _read_authors(path)
+    W_enc, b_enc = weight["W_enc"], weight["b_enc"]
+    if "mask" in weight and not weight["mask"].all():
+        W_enc, b_enc = W_enc.float() * weight["mask"], b_enc.float() * weight["mask"]
+    return SparseAutoencoder(W_enc, b_enc, weight["b_dec"], k=k)
 
 
-def _read_authors(path: Path) -> dict[str, Any]:
+def _read_authors(path: Path) -> tuple[dict[str, Tensor], int]:
+    """(weights, k); tensors only, and mapped rather than read where the file allows it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weight, config = state["weight"], state["config"]
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        weight, k = state["weight"], int(state["config"]["topK"])
         shapes = {name: tuple(weight[name].shape) for name in ("W_enc", "b_enc", "b_dec")}
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"sae.path {str(path)!r}: not an SAE file of the authors: {error}") from error
-    d_model, d_sae = shapes["W_enc"]
-    if shapes["b_enc"] != (d_sae,) or shapes["b_dec"] != (d_model,) or not 1 <= int(config.get("topK", 0)) <= d_sae:
-        raise ConfigError(f"sae.path {str(path)!r}: its shapes {shapes} and topK {config.get('topK')} do not agree")
-    return state
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"sae.path {str(path)!r}: not an SAE file of the authors: {reason}") from error
+    if shapes["W_enc"] != (*shapes["b_dec"], *shapes["b_enc"]) or not 1 <= k <= shapes["W_enc"][-1]:
+        raise ConfigError(f"sae.path {str(path)!r}: its shapes {shapes} and topK {k} do not agree")
+    return weight, k
