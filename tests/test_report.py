@@ -26,6 +26,7 @@ from fac_ray.reduction import save_coverage
 from fac_ray.report import build_report, render_report
 from fac_ray.report.charts import Part, Series, axis_ticks, dot_chart, element, line_chart, stacked_bar
 from fac_ray.report.numbers import plain
+from fac_ray.report.page import drawn_samples, tone_of
 from fac_ray.report.words import clip, duration, marked, percent
 from fac_ray.schema import ACTIVATIONS, CANDIDATES, FEATURES, GAPS, SAMPLES, SYNTHETIC, content_id
 
@@ -427,7 +428,23 @@ def test_a_dot_chart_names_every_value_and_its_spread():
     svg = dot_chart([Series("seed", "seed", [0.6, 0.7], [], ["0.600", "0.700"])], [0.65], [0.05], "AUPRC", "AUPRC")
     assert "<title>seed: 0.600</title>" in svg
     assert "<title>seed: 0.700</title>" in svg
-    assert "mean 0.650, standard deviation 0.050" in svg
+    assert "<title>seed: mean 0.650</title>" in svg
+    assert "<title>seed: standard deviation 0.050</title>" in svg
+
+
+def test_one_training_seed_has_no_standard_deviation():
+    assert "standard deviation" not in dot_chart(
+        [Series("seed", "seed", [0.6], [], ["0.600"])], [0.6], [None], "t", "x"
+    )
+
+
+def test_a_much_larger_corpus_is_drawn_to_twice_the_second_largest():
+    assert [drawn_samples(sizes) for sizes in ([4000, 640, 660], [900, 640], [500])] == [1320, 900, 500]
+
+
+def test_every_corpus_of_a_chart_has_its_own_tone():
+    names = ["anchor", "seed", "background", "heldout"]
+    assert [tone_of(name, names) for name in names] == ["anchor", "seed", "other0", "other1"]
 
 
 def test_a_stacked_bar_divides_its_width_by_value():

@@ -88,10 +88,12 @@ def line_chart(
 
 
 def dot_chart(
-    rows: Sequence[Series], means: Sequence[float], stds: Sequence[float], title: str, x_label: str
+    rows: Sequence[Series], means: Sequence[float], stds: Sequence[float | None], title: str, x_label: str
 ) -> Markup:
-    """One row for each series with a dot for each x, a bar at the mean and a band of one standard deviation."""
-    ends = [m + sign * s for m, s in zip(means, stds, strict=True) for sign in (-1, 1)]
+    """One row for each series with a dot for each x, a bar at the mean and, if known, a band of one standard deviation
+    to both sides."""
+    spreads = list(zip(rows, means, stds, strict=True))
+    ends = [mean + sign * (std or 0.0) for _, mean, std in spreads for sign in (-1, 1)]
     values = [x for row in rows for x in row.xs] + ends
     ticks = axis_ticks(min(values), max(values))
     x, bottom = _scale_x(ticks, LEFT + 50), TOP + ROW_HEIGHT * len(rows)
@@ -101,10 +103,7 @@ def dot_chart(
         *(element("line", x1=x.at(t), x2=x.at(t), y1=TOP, y2=bottom, class_="grid") for t in ticks),
         *(_x_tick(x.at(tick), bottom, f"{tick:g}") for tick in ticks),
         _x_label(x_label, bottom + BOTTOM),
-        *(
-            _dots(row, mean, std, x, TOP + ROW_HEIGHT * (k + 0.5))
-            for k, (row, mean, std) in enumerate(zip(rows, means, stds, strict=True))
-        ),
+        *(_dots(*spread, x, TOP + ROW_HEIGHT * (k + 0.5)) for k, spread in enumerate(spreads)),
     )
 
 
@@ -178,17 +177,23 @@ def _line(series: Series, x: Scale, y: Scale, point: str) -> Markup:
     return element("g", path, *points, class_=_tone(series.tone))
 
 
-def _dots(row: Series, mean: float, std: float, x: Scale, middle: float) -> Markup:
-    left, right = x.at(mean - std), x.at(mean + std)
-    band = element("rect", x=left, y=middle - 9, width=round(right - left, 1), height=18, rx=3, class_="band")
+def _dots(row: Series, mean: float, std: float | None, x: Scale, middle: float) -> Markup:
+    name = element("text", row.name, x=LEFT + 38, y=middle + 4, class_="tick end")
     dots = (
         element("circle", element("title", f"{row.name}: {note}"), cx=x.at(value), cy=middle, r=4.5, class_="dot")
         for value, note in zip(row.xs, row.notes, strict=True)
     )
-    note = element("title", f"{row.name}: mean {mean:.3f}, standard deviation {std:.3f}")
+    note = element("title", f"{row.name}: mean {mean:.3f}")
     bar = element("line", note, x1=x.at(mean), x2=x.at(mean), y1=middle - 12, y2=middle + 12, class_="mean")
-    name = element("text", row.name, x=LEFT + 38, y=middle + 4, class_="tick end")
-    return element("g", name, band, *dots, bar, class_=_tone(row.tone))
+    return element("g", name, _band(row, mean, std, x, middle), *dots, bar, class_=_tone(row.tone))
+
+
+def _band(row: Series, mean: float, std: float | None, x: Scale, middle: float) -> Markup:
+    if std is None:
+        return Markup("")
+    left, right = x.at(mean - std), x.at(mean + std)
+    note = element("title", f"{row.name}: standard deviation {std:.3f}")
+    return element("rect", note, x=left, y=middle - 9, width=round(right - left, 1), height=18, rx=3, class_="band")
 
 
 def _tone(tone: str) -> str:

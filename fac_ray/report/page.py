@@ -129,7 +129,7 @@ def arms_chart(report: dict[str, Any]) -> dict[str, Any]:
         for name, auprc in arms.items()
     ]
     means = [auprc["mean"] for auprc in arms.values()]
-    stds = [auprc["std"] or 0.0 for auprc in arms.values()]
+    stds = [auprc["std"] for auprc in arms.values()]
     return {"svg": dot_chart(rows, means, stds, "AUPRC on held-out samples by training set", "AUPRC, held-out")}
 
 
