@@ -113,7 +113,7 @@ def _read_json(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, Any]
     """A JSON array, read element by element; a file that does not begin with a bracket is read as lines."""
     with _open_bytes(piece.source) as stream:
         decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-        chunks = (decode(chunk) for chunk in iter(lambda: stream.read1(1 << 16), b""))
+        chunks = filter(None, map(decode, iter(lambda: stream.read1(1 << 16), b"")))
         start = next(chunks, "").lstrip()
         if start.startswith("["):
             for row, value in _array_elements(start[1:], chunks):

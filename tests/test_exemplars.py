@@ -1,0 +1,127 @@
+"""The strongest samples of each feature, whatever the parts, and spans that hold the peak."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fac_ray.exemplars import TopExemplars, span_of
+from fac_ray.schema import ACTIVATIONS
+
+D_SAE = 4
+
+
+def table_of(rows):
+    records = [
+        {
+            "sample_id": sample_id,
+            "feature_ids": sorted(features),
+            "activations": [features[i] for i in sorted(features)],
+            "peak_start": [10 * i for i in sorted(features)],
+            "peak_end": [10 * i + 3 for i in sorted(features)],
+            "num_tokens": 1,
+            "truncated": False,
+            "error": None,
+        }
+        for sample_id, features in rows
+    ]
+    return pa.Table.from_pylist(records, ACTIVATIONS)
+
+
+def top_of(rows, num_kept=2):
+    return TopExemplars.from_rows(table_of(rows), num_kept, D_SAE)
+
+
+def brute_force(rows, num_kept=2):
+    strongest = []
+    for feature in range(D_SAE):
+        pairs = [(-features[feature], sample_id) for sample_id, features in rows if feature in features]
+        strongest += [(feature, -minus, sample_id) for minus, sample_id in sorted(pairs)[:num_kept]]
+    return strongest
+
+
+def listed(top):
+    return list(zip(*(top.rows[name].to_pylist() for name in ("feature_id", "activation", "sample_id")), strict=True))
+
+
+rows = st.dictionaries(
+    st.text("abc", min_size=1, max_size=3),
+    st.dictionaries(st.integers(0, D_SAE - 1), st.sampled_from([0.25, 0.5, 1.0, 3.0])),
+    max_size=8,
+).map(lambda d: list(d.items()))
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows, st.randoms(use_true_random=False))
+def test_the_top_equals_a_sorted_list_for_every_order_and_partition(rows, random):
+    expected = brute_force(rows)
+    random.shuffle(rows)
+    cut = random.randint(0, len(rows))
+    parts = [top_of(rows[:cut]), top_of(rows[cut:]), TopExemplars.empty(2)]
+    assert listed(top_of(rows)) == expected
+    assert listed(parts[0].merge(parts[1])) == expected
+    assert listed(TopExemplars.merge_all(parts[::-1])) == expected
+
+
+def test_equal_activations_go_to_the_smaller_sample_id():
+    assert listed(top_of([("b", {1: 1.0}), ("c", {1: 2.0}), ("a", {1: 1.0})])) == [(1, 2.0, "c"), (1, 1.0, "a")]
+
+
+def test_peaks_stay_with_their_pairs_and_survive_bytes():
+    top = TopExemplars.from_bytes(2, top_of([("a", {0: 1.0, 3: 2.0}), ("b", {3: 3.0})]).to_bytes())
+    assert top.rows.to_pylist()[1:] == [
+        {"feature_id": 3, "activation": 3.0, "sample_id": "b", "peak_start": 30, "peak_end": 33},
+        {"feature_id": 3, "activation": 2.0, "sample_id": "a", "peak_start": 30, "peak_end": 33},
+    ]
+
+
+def test_tops_of_different_depth_do_not_merge():
+    with pytest.raises(ValueError, match=r"\[2, 3\]"):
+        top_of([]).merge(top_of([], num_kept=3))
+
+
+TEXT = "one two three four five six seven"
+
+
+@pytest.mark.parametrize(
+    ("peak", "num_words", "span"),
+    [
+        ("four", 1, "four"),
+        ("four", 3, "three four five"),
+        ("four", 4, "three four five six"),
+        (" four", 3, "three four five"),
+        ("one", 3, "one two three"),
+        ("seven", 3, "five six seven"),
+        ("ou", 3, "three four five"),  # a part of a word brings the whole word
+        ("our five s", 1, "four five six"),  # a long peak is never cut
+        (TEXT, 2, TEXT),
+        ("four", 99, TEXT),
+    ],
+)
+def test_a_span_is_the_words_around_the_peak(peak, num_words, span):
+    start = TEXT.index(peak)
+    assert span_of(TEXT, start, start + len(peak), num_words) == span
+
+
+def test_a_peak_between_words_has_the_words_on_both_sides():
+    assert span_of("one two\n\nthree four", 7, 9, 2) == "two\n\nthree"
+
+
+def test_a_run_without_spaces_does_not_make_a_span_without_end():
+    assert 0 < len(span_of("x" * 100_000, 50_000, 50_001, 4)) <= 4 * 41
+    assert span_of(" " * 1000, 5, 6, 4) == ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab \n\u4e2d", max_size=300), st.integers(0, 300), st.integers(0, 60), st.integers(1, 6))
+@example("a " * 2000, 2000, 1, 3)
+def test_a_span_holds_the_characters_of_the_peak_and_is_cut_from_the_text(text, start, length, num_words):
+    start = min(start, len(text))
+    end = min(start + length, len(text))
+    span = span_of(text, start, end, num_words)
+    assert span in text
+    assert text[start:end].strip() in span
+    long_enough = max(num_words, len(text[start:end].split()) + 2)
+    assert len(span.split()) <= long_enough
