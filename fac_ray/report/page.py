@@ -113,7 +113,10 @@ def candidates_bar(report: dict[str, Any]) -> dict[str, Any]:
     numbers = report.get("candidates")
     if not numbers:
         return {}
-    parts = [Part("accepted", "targeted", numbers["accepted"]), Part("scored in step 1", "seed", numbers["scored"])]
+    parts = [
+        Part("accepted", "targeted", numbers["accepted"]),
+        Part("scored in step 1, not needed", "seed", numbers["scored"]),
+    ]
     reasons = numbers["by_reason"].items()
     parts += [Part(f"rejected: {why}", f"shade{min(k, 4)}", count) for k, (why, count) in enumerate(reasons)]
     return {"parts": parts, "svg": stacked_bar(parts, f"Candidates: {_listed(parts)}")}
