@@ -1,0 +1,234 @@
+"""A corpus is measured: SAMPLES parts come in, ACTIVATIONS parts go out, on Ray Data.
+
+    read -> blocks of some hundred samples -> pool of actors, each with the language model and the SAE -> write
+
+Ray Data commits the `sample_id`s of each part after the part is whole. A run that was interrupted, whatever the way,
+goes on with the samples that are not committed: no row twice, none lost.
+
+    activations/<corpus>/  <part>.parquet ...  _checkpoint/ (committed ids)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from ray.data.checkpoint import CheckpointConfig
+
+from fac_ray.artifacts import parquet_files
+from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, RunConfig, SaeConfig
+from fac_ray.schema import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from fac_ray.progress import Progress
+
+CHECKPOINT_FOLDER = "_checkpoint"
+PENDING = ".pending.parquet"
+"""How the ids of a part that may not be whole are named."""
+
+MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES = 1024, 64
+"""Samples of a part, which is what an interruption costs each actor."""
+BLOCKS_PER_ACTOR = 8
+"""Parts that a small corpus is cut into for each actor, so that all of them have work to the end."""
+BATCH_SAMPLES = 256
+"""Samples that an actor gets at once, to group them by length."""
+
+SPARE_CPUS = 3
+"""CPUs that a pool leaves to the tasks around it: one reads, one drops what is committed, one writes."""
+WAIT_FOR_CAPACITY_S = 24 * 3600
+"""How long a run may stand still, because a cluster that waits for GPUs does."""
+POLL_S = 0.5
+
+
+class Extraction:
+    """The feature extractor as an actor of a pool: SAMPLES batches in, ACTIVATIONS batches out."""
+
+    def __init__(
+        self, model: dict[str, Any], sae: dict[str, Any], measure: dict[str, Any], num_threads: int | None
+    ) -> None:
+        """Load model and SAE from dumped configs; `num_threads` of the CPU, None: as torch decides."""
+        import torch
+
+        from fac_ray.extractor import FeatureExtractor
+
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self._extractor = FeatureExtractor(ModelConfig(**model), SaeConfig(**sae), MeasureConfig(**measure))
+
+    def __call__(self, samples: pa.Table) -> pa.Table:
+        return self._extractor.extract_table(samples)
+
+
+class Pool(NamedTuple):
+    """How many extraction actors run and what each of them takes."""
+
+    num_actors: int
+    num_gpus: float
+    num_cpus: float
+    num_threads: int | None
+    """CPU threads of one actor; None on a GPU."""
+
+
+class Totals(NamedTuple):
+    """What the committed parts hold."""
+
+    num_samples: int
+    num_tokens: int
+    num_errors: int
+    num_truncated: int
+
+
+def extract_activations(
+    samples_folder: Path, output_folder: Path, config: RunConfig, progress: Progress
+) -> dict[str, Any]:
+    """Measure every sample that is not measured yet; returns num_samples, num_tokens, num_errors, num_truncated and
+    tokens_per_s (of this attempt). The progress counts committed samples. All workers must see both folders.
+
+    Raises:
+        FileNotFoundError: `samples_folder` holds no Parquet file.
+        ConfigError: model, SAE and switches do not fit together, or the cluster has too few CPUs.
+        RuntimeError: the rows that were written are not as many as the samples.
+    """
+    sources = parquet_files(samples_folder.resolve())
+    if not sources:
+        raise FileNotFoundError(f"{samples_folder}: no Parquet file here")
+    num_samples = sum(pq.read_metadata(path).num_rows for path in sources)
+    output_folder = output_folder.resolve()
+    before, started_s = committed_totals(output_folder), time.monotonic()
+    if before.num_samples != num_samples:
+        with _following(output_folder, progress):
+            _run(sources, output_folder, config, num_samples)
+    totals, seconds = committed_totals(output_folder), time.monotonic() - started_s
+    progress.set(totals.num_samples)
+    if totals.num_samples != num_samples:
+        raise RuntimeError(
+            f"{output_folder}: {totals.num_samples} rows were written for {num_samples} samples; "
+            + ("run again to go on" if totals.num_samples < num_samples else "remove the folder and run again")
+        )
+    return {**totals._asdict(), "tokens_per_s": round((totals.num_tokens - before.num_tokens) / seconds, 1)}
+
+
+def plan_pool(
+    num_actors: int | None, num_blocks: int, cluster: Mapping[str, float], num_nodes: int, cores: int
+) -> Pool:
+    """The pool for a cluster of those resources; never more actors than blocks of samples.
+
+    By default one actor for each GPU, or where there is none for every two CPUs. `cores`: CPUs of this machine, which
+    count on a cluster of one node, because there Ray may have been told of more. More actors than GPUs share them.
+
+    Raises:
+        ConfigError: the cluster has one CPU, which a resumed run would wait for for ever.
+    """
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    if cpus < 2:
+        raise ConfigError(f"the Ray cluster has {cpus:g} CPU; the extraction needs 2 (`ray start --num-cpus 2`)")
+    real_cpus = min(cpus, cores) if num_nodes == 1 else cpus
+    actors = min(num_actors or max(1, int(gpus or real_cpus // 2)), max(1, num_blocks))
+    num_cpus = min(1.0, _floor(max(0.0, cpus - SPARE_CPUS) / actors))
+    if gpus:
+        return Pool(actors, min(1.0, _floor(gpus / actors)), num_cpus, None)
+    return Pool(actors, 0.0, num_cpus, max(1, int(real_cpus // actors)))
+
+
+def committed_totals(output_folder: Path) -> Totals:
+    """Sums over the parts whose ids are committed; a part that may not be whole is not read."""
+    totals = Totals(0, 0, 0, 0)
+    for part in _committed_parts(output_folder):
+        rows = pq.read_table(part, columns=["num_tokens", "truncated", "error"])
+        found = (
+            rows.num_rows,
+            pc.sum(rows["num_tokens"]).as_py() or 0,
+            rows.num_rows - rows["error"].null_count,
+            pc.sum(rows["truncated"]).as_py() or 0,
+        )
+        totals = Totals(*(a + b for a, b in zip(totals, found, strict=True)))
+    return totals
+
+
+def _run(sources: list[Path], output_folder: Path, config: RunConfig, num_samples: int) -> None:
+    most = max(1, math.ceil(num_samples / MIN_BLOCK_SAMPLES))
+    pool = plan_pool(config.measure.num_actors, most, ray.cluster_resources(), len(ray.nodes()), os.cpu_count() or 1)
+    block_samples = math.ceil(num_samples / (pool.num_actors * BLOCKS_PER_ACTOR))
+    block_samples = max(MIN_BLOCK_SAMPLES, min(MAX_BLOCK_SAMPLES, block_samples))
+    with _checkpointed(output_folder):
+        samples = ray.data.read_parquet([str(path) for path in sources], columns=["sample_id", "text", "messages"])
+        samples.repartition(target_num_rows_per_block=block_samples).map_batches(
+            Extraction,
+            fn_constructor_kwargs={
+                "model": config.model.model_dump(),
+                "sae": config.sae.model_dump(),
+                "measure": config.measure.model_dump(),
+                "num_threads": pool.num_threads,
+            },
+            batch_size=min(BATCH_SAMPLES, block_samples),
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=pool.num_actors, max_concurrent_calls_per_actor=2),
+            num_gpus=pool.num_gpus,
+            num_cpus=pool.num_cpus,
+            udf_modifying_row_count=False,
+        ).write_parquet(str(output_folder), mode=ray.data.SaveMode.APPEND, compression="zstd")
+
+
+@contextmanager
+def _checkpointed(output_folder: Path) -> Iterator[None]:
+    """Datasets that are made and written inside the block commit their rows, or fail; the process's own context stays
+    as it is."""
+    context = ray.data.DataContext.get_current().copy()
+    context.checkpoint_config = CheckpointConfig(
+        id_column="sample_id",
+        checkpoint_path=str(output_folder / CHECKPOINT_FOLDER),
+        delete_checkpoint_on_success=False,  # an interruption before the stage is marked as finished must find it
+    )
+    context.execution_no_progress_timeout_s = WAIT_FOR_CAPACITY_S
+    context.max_consecutive_actor_init_deaths = 3
+    with ray.data.DataContext.current(context), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*support checkpointing.*")
+        yield
+
+
+@contextmanager
+def _following(output_folder: Path, progress: Progress) -> Iterator[None]:
+    """Inside the block the progress shows how many samples are committed."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        counted: dict[Path, int] = {}
+        while not stop.wait(POLL_S):
+            for ids in _committed_ids(output_folder):
+                if ids not in counted:
+                    counted[ids] = pq.read_metadata(ids).num_rows
+            progress.set(sum(counted.values()))
+
+    follower = threading.Thread(target=follow, name="activations-progress", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join()
+
+
+def _committed_ids(output_folder: Path) -> list[Path]:
+    files = (output_folder / CHECKPOINT_FOLDER).glob("*.parquet")
+    return sorted(path for path in files if not path.name.endswith(PENDING))
+
+
+def _committed_parts(output_folder: Path) -> list[Path]:
+    committed = {path.stem for path in _committed_ids(output_folder)}
+    return [path for path in parquet_files(output_folder) if path.stem.rpartition("-")[0] in committed]
+
+
+def _floor(value: float) -> float:
+    """Ray counts fractions of a resource in steps of 1/10,000."""
+    return math.floor(value * 1e4) / 1e4
