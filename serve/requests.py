@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fac_ray.samples import join_contents
 from fac_ray.schema import Message
 
 Sample = tuple[str, Sequence[Message] | None]
@@ -46,7 +47,7 @@ class ScoreRequest(BaseModel):
         samples: list[Sample] = [(text, None) for text in self.texts or []]
         for chat in self.chats or []:
             messages = [Message(role=message.role, content=message.content) for message in chat]
-            samples.append(("\n\n".join(message["content"] for message in messages), messages))
+            samples.append((join_contents(messages), messages))
         if not samples:
             raise ValueError(f"no item; a request holds 1 to {max_samples}")
         if len(samples) > max_samples:
