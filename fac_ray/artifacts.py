@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,17 @@ class Stage:
         facts = stage.facts
     """
 
-    def __init__(self, folder: str | Path, identity: str) -> None:
+    def __init__(self, folder: str | Path, identity: str, needs: Sequence[Stage] = ()) -> None:
+        """`identity` is the fingerprint; `needs` are the stages whose results this one is made from."""
         self.folder = Path(folder)
         self.identity = identity
+        self.needs = tuple(needs)
         self._started_s: float | None = None
 
     @property
     def marker(self) -> dict[str, Any] | None:
         """What `finish` wrote, whatever the fingerprint; None if the stage never finished."""
-        path = self.folder / MARKER
-        return json.loads(path.read_text()) if path.is_file() else None
+        return _read_marker(self.folder)
 
     @property
     def finished(self) -> bool:
@@ -134,10 +135,33 @@ class Stage:
         """Mark the stage as finished, last of all, with facts worth reporting and the seconds since `begin`."""
         assert self._started_s is not None, "begin() comes first"
         seconds = round(time.monotonic() - self._started_s, 3)
-        write_json(
-            self.folder / MARKER,
-            {"fingerprint": self.identity, "finished_at": _now(), "facts": {**facts, "seconds": seconds}},
-        )
+        marker = {
+            "fingerprint": self.identity,
+            "finished_at": _now(),
+            "needs": {os.path.relpath(stage.folder, self.folder): stage.identity for stage in self.needs},
+            "facts": {**facts, "seconds": seconds},
+        }
+        write_json(self.folder / MARKER, marker)
+
+
+def current_marker(folder: str | Path) -> dict[str, Any] | None:
+    """The marker of a finished stage, if what it was made from still lies there unchanged; else None.
+
+    After a changed config has redone a stage, the stages behind it are not current until they are redone too.
+    """
+    marker = _read_marker(Path(folder))
+    if marker is None:
+        return None
+    for need, identity in marker["needs"].items():
+        found = current_marker(os.path.normpath(Path(folder) / need))
+        if found is None or found["fingerprint"] != identity:
+            return None
+    return marker
+
+
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    path = folder / MARKER
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _now() -> str:

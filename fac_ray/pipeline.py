@@ -18,7 +18,7 @@ import fcntl
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -97,7 +97,7 @@ def _measure(config: RunConfig) -> dict[str, Stage]:
     return {name: _coverage(config, name, corpus) for name, corpus in config.corpora.items()}
 
 
-def _samples(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
+def _samples(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence[Stage] = ()) -> Stage:
     from fac_ray.corpus import ingest_corpus, source_fingerprint
 
     rejected = config.folder / "rejected" / name
@@ -110,6 +110,7 @@ def _samples(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
             corpus=corpus.model_dump(),
             max_rejected_fraction=config.run.max_rejected_fraction,
         ),
+        needs,
     )
     if not stage.finished:
         Stage(rejected, stage.identity).begin()
@@ -119,11 +120,11 @@ def _samples(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
     return stage
 
 
-def _activations(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
+def _activations(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence[Stage] = ()) -> Stage:
     from fac_ray.activations import extract_activations
     from fac_ray.corpus import source_fingerprint
 
-    samples = _samples(config, name, corpus)
+    samples = _samples(config, name, corpus, needs)
     measure = config.measure.resolved()
     stage = Stage(
         config.folder / "activations" / name,
@@ -136,6 +137,7 @@ def _activations(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
             sae=[config.sae.model_dump(), _state_of(config.sae.path)],
             switches=measure.model_dump(include={"activation", "tokens", "max_tokens", "double_bos", "window_tokens"}),
         ),
+        needs,
     )
     if not stage.finished:
         total = samples.facts["num_samples"]
@@ -145,12 +147,12 @@ def _activations(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
     return stage
 
 
-def _coverage(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
+def _coverage(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence[Stage] = ()) -> Stage:
     from fac_ray.reduction import reduce_coverage
     from fac_ray.sae import sae_width
 
-    activations = _activations(config, name, corpus)
-    samples = _samples(config, name, corpus)
+    activations = _activations(config, name, corpus, needs)
+    samples = _samples(config, name, corpus, needs)
     stage = Stage(
         config.folder / "coverage" / name,
         fingerprint(
@@ -160,6 +162,7 @@ def _coverage(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
             measure=config.measure.model_dump(include={"threshold", "thresholds", "num_exemplars", "span_words"}),
             positive=config.relevance.positive,
         ),
+        needs=(samples, activations),
     )
     if not stage.finished:
         with Progress(f"coverage/{name}", total=samples.facts["num_samples"], unit="samples") as progress:
@@ -192,6 +195,7 @@ def _relevance(config: RunConfig) -> Stage:
             coverage=[corpora[name].identity for name in names],
             relevance=config.relevance.model_dump(),
         ),
+        needs=tuple(corpora.values()),
     )
     if not stage.finished:
         loaded = {name: load_coverage(corpus.folder) for name, corpus in corpora.items()}
@@ -216,6 +220,7 @@ def _gaps(config: RunConfig) -> Stage:
     stage = Stage(
         config.folder / "gaps",
         fingerprint(stage="gaps", relevance=relevance.identity, anchor=anchor.identity, seed=seed.identity),
+        needs=(relevance, anchor, seed),
     )
     if not stage.finished:
         folder = stage.begin()
@@ -238,7 +243,8 @@ def _truth(config: RunConfig, gaps: Stage) -> Stage:
     from fac_ray.reference.truth import score_truth
 
     truth = Path(config.evaluation.truth or "")
-    stage = Stage(config.folder / "truth", fingerprint(stage="truth", gaps=gaps.identity, truth=_state_of(truth)))
+    identity = fingerprint(stage="truth", gaps=gaps.identity, truth=_state_of(truth))
+    stage = Stage(config.folder / "truth", identity, needs=(gaps,))
     if not stage.finished:
         folder = stage.begin()
         table = read_table(gaps.folder / "gaps.parquet")
@@ -269,20 +275,18 @@ def _synthesize(config: RunConfig) -> Stage:
             positive=config.relevance.positive,
             seed=config.run.seed,
         ),
+        needs=(gaps, seed),
     )
     if not stage.finished:
         with Progress("synthesis", unit="candidates") as progress:
             folder = stage.begin(keep_partial=True)
             table = read_table(gaps.folder / "gaps.parquet")
             stage.finish(**synthesize(config, table, read_table(seed.folder), folder, progress))
-    for name in ("targeted", "untargeted"):
-        if stage.facts["num_accepted"]:
-            _coverage(config, name, _synthetic_corpus(stage, name))
+    for name, num_samples in (("targeted", "num_accepted"), ("untargeted", "num_untargeted")):
+        if stage.facts[num_samples]:
+            corpus = CorpusConfig(path=str(stage.folder / f"{name}.parquet"), text="text", label="label")
+            _coverage(config, name, corpus, needs=(stage,))
     return stage
-
-
-def _synthetic_corpus(synthesis: Stage, name: str) -> CorpusConfig:
-    return CorpusConfig(path=str(synthesis.folder / f"{name}.parquet"), text="text", label="label")
 
 
 def _train(config: RunConfig) -> Stage:
@@ -308,6 +312,7 @@ def _train(config: RunConfig) -> Stage:
             positive=config.relevance.positive,
             seed=config.run.seed,
         ),
+        needs=(synthesis, *corpora.values()),
     )
     if not stage.finished:
         tables = {name: read_table(samples.folder) for name, samples in corpora.items()}
@@ -334,7 +339,8 @@ def _evaluate(config: RunConfig) -> Stage:
     from fac_ray.evaluation import summarise_arms
 
     training = _train(config)
-    stage = Stage(config.folder / "evaluation", fingerprint(stage="evaluation", training=training.identity))
+    identity = fingerprint(stage="evaluation", training=training.identity)
+    stage = Stage(config.folder / "evaluation", identity, needs=(training,))
     if not stage.finished:
         folder = stage.begin()
         write_json(folder / "arms.json", summarise_arms(training.folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from fac_ray.artifacts import Stage, fingerprint, parquet_files, read_table, write_json, write_table
+from fac_ray.artifacts import Stage, current_marker, fingerprint, parquet_files, read_table, write_json, write_table
 
 
 def test_a_stage_is_finished_only_with_its_own_fingerprint(tmp_path):
@@ -57,3 +57,20 @@ def test_tables_are_read_in_the_order_of_their_names(tmp_path):
     assert len(parquet_files(tmp_path)) == 2
     with pytest.raises(FileNotFoundError):
         read_table(tmp_path / "none")
+
+
+def test_a_stage_is_current_only_while_what_it_was_made_from_is(tmp_path):
+    gaps = Stage(tmp_path / "gaps", "a")
+    synthesis = Stage(tmp_path / "synthesis", "s", needs=(gaps,))
+    training = Stage(tmp_path / "training", "t", needs=(synthesis,))
+    for stage in (gaps, synthesis, training):
+        stage.begin()
+        stage.finish()
+    marker = current_marker(training.folder)
+    assert marker is not None
+    assert marker["fingerprint"] == "t"
+    changed = Stage(tmp_path / "gaps", "b")
+    changed.begin()
+    changed.finish()
+    assert current_marker(training.folder) is None
+    assert current_marker(changed.folder) is not None

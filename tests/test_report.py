@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fac_ray.artifacts import Stage, write_json, write_table
+from fac_ray.artifacts import MARKER, Stage, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
 from fac_ray.coverage import UNLABELLED, CorpusCoverage, FeatureCounts
 from fac_ray.reduction import save_coverage
@@ -294,6 +294,9 @@ def test_a_seed_without_gaps_has_nothing_to_switch_on(tmp_path):
 
 def test_synthesis_that_accepted_nothing_leaves_the_seed_as_it_was(run):
     """Coverage of an earlier synthesis still lies in the run folder; it does not count."""
+    for stage in ("samples", "activations", "coverage"):
+        marker = run / stage / "targeted" / MARKER
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"needs": {"../../synthesis": "an-earlier-one"}}))
     finish(run / "synthesis", num_accepted=0)
     report = build_report(run, config_of(run))
     assert (report["fac"]["final"], report["fac_missing"], report["switched_on_features"]) == (2 / 5, 0, 0)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool
 
-from fac_ray.artifacts import MARKER, parquet_files, read_table
+from fac_ray.artifacts import current_marker, parquet_files, read_table
 from fac_ray.config import RunConfig
 from fac_ray.reduction import CorpusCoverage, load_coverage
 
@@ -84,12 +84,13 @@ def relevant_mask(features: pa.Table) -> Bool[np.ndarray, " d_sae"]:
 
 
 def _markers(folder: Path, config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Markers of the finished stages. What an earlier synthesis left is not measured data of this run: the synthetic
-    corpora count only if the synthesis that is finished now accepted something."""
-    synthesis = _json(folder / "synthesis" / MARKER) or {"facts": {}}
-    synthetic = SYNTHETIC_CORPORA if synthesis["facts"].get("num_accepted") else ()
-    corpora, more = ([f"{s}/{name}" for name in names for s in CORPUS_STAGES] for names in (config.corpora, synthetic))
-    found = {name: _json(folder / name / MARKER) for name in (*corpora, *BEFORE_SYNTHESIS, *more, *AFTER_SYNTHESIS)}
+    """Markers of the finished stages that are still made from what lies before them."""
+    corpora, synthetic = (
+        [f"{stage}/{name}" for name in names for stage in CORPUS_STAGES]
+        for names in (config.corpora, SYNTHETIC_CORPORA)
+    )
+    names = (*corpora, *BEFORE_SYNTHESIS, *synthetic, *AFTER_SYNTHESIS)
+    found = {name: current_marker(folder / name) for name in names}
     return {name: marker for name, marker in found.items() if marker is not None}
 
 
