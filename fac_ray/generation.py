@@ -63,12 +63,12 @@ class Generator:
         Raises:
             ValueError, OSError, RuntimeError: the model cannot be used; the message is vLLM's or transformers'.
         """
+        source = _source(synthesis, model)
+        self._context_tokens = _context_tokens(source, synthesis.max_new_tokens)
         from vllm import LLM, SamplingParams
         from vllm.platforms import current_platform
 
-        source = _source(synthesis, model)
         on_cpu = current_platform.is_cpu()
-        self._context_tokens = _context_tokens(source, synthesis.max_new_tokens)
         self._engine: Any = LLM(
             model=source["path"],
             revision=source["revision"],

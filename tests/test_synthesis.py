@@ -6,12 +6,17 @@ draws words by the request's own seed. It disturbs nothing that the loop decides
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from test_generation import random_llama
 
 from fac_ray import synthesis
 from fac_ray.artifacts import read_table
@@ -27,7 +32,7 @@ from fac_ray.candidates import (
     untargeted_requests,
 )
 from fac_ray.config import ConfigError, RunConfig, SynthesisConfig, config_from_tree
-from fac_ray.engines import generator_options, verifier_options
+from fac_ray.engines import engine_pool, generator_options, verifier_options
 from fac_ray.progress import Progress
 from fac_ray.schema import CANDIDATES, GAPS, SAMPLES, SYNTHETIC
 
@@ -40,7 +45,12 @@ WORDS = ["please", "order", "my", "card", "money", "back", *(f"word{i}" for i in
 
 
 def config_of(**changes) -> RunConfig:
-    few = {"first_candidates": 3, "second_candidates": 3, "samples_per_feature": 2, "max_attempts": 3}
+    few: dict[str, object] = {
+        "first_candidates": 3,
+        "second_candidates": 3,
+        "samples_per_feature": 2,
+        "max_attempts": 3,
+    }
     tree = {
         "name": "keywords",
         "model": {"path": "unused", "hook_layer": 1},
@@ -412,3 +422,104 @@ def test_actors_fit_a_machine_with_few_cpus_and_no_gpu():
     options = [make(three, {"CPU": 2.0}) for make in (generator_options, verifier_options)]
     assert sum(3 * option["num_cpus"] for option in options) <= 2
     assert [option["num_gpus"] for option in options] == [0, 0]
+
+
+# ---- once with real engines ----
+
+
+@pytest.fixture(scope="module")
+def random_world(tmp_path_factory) -> tuple[RunConfig, pa.Table, pa.Table]:
+    """A random language model, a random Top-K SAE of 24 features, a lenient card, five gaps and twenty seed samples."""
+    import torch
+    import yaml
+
+    folder = tmp_path_factory.mktemp("random")
+    draw = torch.Generator().manual_seed(0)
+    weight = {"W_enc": torch.randn(64, 24, generator=draw), "b_enc": torch.zeros(24), "b_dec": torch.zeros(64)}
+    torch.save({"weight": weight, "config": {"d_inp": 64, "d_hide": 24, "topK": 2}}, folder / "sae.pth")
+    card = {"name": "any", "description": "Any text.", "min_words": 1, "max_words": 60, "targeted": "Like: {spans}"}
+    card |= {"contrast": "Like: {spans} + {positive} - {negative}", "untargeted": "Like: {spans}"}
+    (folder / "any.yaml").write_text(yaml.safe_dump(card))
+    tree = {
+        "name": "random",
+        "model": {"path": str(random_llama(folder / "model", context_tokens=1024)), "hook_layer": 1},
+        "sae": {"path": str(folder / "sae.pth")},
+        "corpora": {"seed": {"path": "unused"}},
+        "synthesis": {
+            "task": str(folder / "any.yaml"),
+            "first_candidates": 3,
+            "second_candidates": 3,
+            "samples_per_feature": 2,
+            "max_attempts": 2,
+            "max_new_tokens": 24,
+            "temperature": 1.0,
+        },
+    }
+    gaps = [{"feature_id": 4 * i, "rank": i, "exemplars": [f"span {i} {j}" for j in range(4)]} for i in range(5)]
+    seed = [{"sample_id": f"{i}", "text": f"seed text {i}", "label": "1"} for i in range(20)]
+    return config_from_tree(tree), pa.Table.from_pylist(gaps, GAPS), pa.Table.from_pylist(seed, SAMPLES)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_generator_that_dies_in_the_middle_changes_no_number(random_world, tmp_path, monkeypatch):
+    config, gaps, seed = random_world
+    monkeypatch.setattr(synthesis, "CHUNK_REQUESTS", 4)
+    killed: list[int] = []
+
+    def kill_once(_num: int = 1) -> None:
+        """After the first chunk is stored, while the second and third are on their way."""
+        if not killed:
+            killed.extend(processes_of("ray::Generator"))
+            for process in killed:
+                os.kill(process, signal.SIGKILL)
+
+    targets = [Target(row["feature_id"], tuple(row["exemplars"]), "") for row in gaps.to_pylist()]
+    texts = seed["text"].to_pylist()
+    with engine_pool(config) as produce:
+        whole = synthesis.Loop(rules_of(config), tmp_path / "whole", Progress.silent(), produce)
+        facts = synthesis.close_gaps(whole, targets, texts, texts)
+        hurt = whole._replace(folder=tmp_path / "hurt", progress=Progress.silent())
+        monkeypatch.setattr(hurt.progress, "advance", kill_once)
+        assert synthesis.close_gaps(hurt, targets, texts, texts) == facts
+    assert len(killed) == 1
+    assert tables(hurt.folder) == tables(whole.folder)
+    assert facts["num_accepted"] == facts["num_untargeted"] > 0
+    assert synthesis.synthesize(config, gaps, seed, hurt.folder, Progress.silent()) == facts  # no engine is needed
+    wait_until_none_is_left()
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_that_cannot_be_loaded_is_named_and_leaves_no_actor(random_world, tmp_path):
+    config, gaps, seed = random_world
+    absent = config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"generator": "/no/such"})})
+    with pytest.raises(RuntimeError, match=r"could not be started.*'/no/such'"):
+        synthesis.synthesize(absent, gaps, seed, tmp_path, Progress.silent())
+    wait_until_none_is_left()
+
+
+def processes_of(title: str) -> list[int]:
+    """Ids of the descendants of this process whose title starts so (Linux)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_text().startswith(title) and os.getpid() in ancestors(int(folder.name)):
+                found.append(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+    return found
+
+
+def ancestors(process: int) -> Iterator[int]:
+    while process > 1:
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        yield process
+
+
+def wait_until_none_is_left() -> None:
+    for _ in range(100):
+        if not processes_of("ray::Generator") and not processes_of("ray::Verifier"):
+            return
+        time.sleep(0.1)
+    pytest.fail("an actor is still there")
