@@ -28,7 +28,6 @@ from ray.data.checkpoint import CheckpointConfig
 
 from fac_ray.artifacts import parquet_files
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, RunConfig, SaeConfig
-from fac_ray.schema import ACTIVATIONS
 
 if TYPE_CHECKING:
     from fac_ray.progress import Progress
