@@ -72,3 +72,4 @@ def _quiet_stages(verbose: bool) -> None:
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
