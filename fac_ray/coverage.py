@@ -36,10 +36,8 @@ def coverage_fraction(active: Bool[np.ndarray, " d_sae"], target: Bool[np.ndarra
     that it cannot exceed 1.
 
     Raises:
-        ValueError: `target` selects no feature, or the arrays differ in length.
+        ValueError: `target` selects no feature.
     """
-    if active.shape != target.shape:
-        raise ValueError(f"active has {active.shape[0]} features and target has {target.shape[0]}; both need d_sae")
     num_target = int(target.sum())
     if num_target == 0:
         raise ValueError("the target selects no feature, so its coverage is undefined; see the relevance criteria")

@@ -7,13 +7,13 @@ whatever the parts. Equal activations are ordered by sample_id, so the result do
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Int
+from jaxtyping import Float, Int, UInt64
 
 from fac_ray.coverage import flat_values, sparse_rows
 
@@ -50,10 +50,9 @@ class TopExemplars:
         Raises:
             ValueError: the lists do not fit together, or a feature_id lies outside [0, d_sae).
         """
-        rows = rows.sort_by("sample_id")  # so that a stable sort by feature and activation leaves ties in this order
         pairs = sparse_rows(rows, d_sae)
-        order = np.argsort(_sort_key(pairs.feature_ids, pairs.activations), kind="stable")
-        kept = order[_rank_in_group(pairs.feature_ids[order]) < num_kept]
+        ids = rows["sample_id"]
+        kept = _strongest(pairs.feature_ids, pairs.activations, lambda at: ids.take(pa.array(pairs.row[at])), num_kept)
         return cls(
             num_kept,
             pa.table(
@@ -77,11 +76,9 @@ class TopExemplars:
         if len({part.num_kept for part in parts}) != 1:
             raise ValueError(f"parts that keep {sorted({p.num_kept for p in parts})} exemplars do not merge")
         rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
-        by_id = rows.take(pc.sort_indices(rows["sample_id"]))
-        ids = by_id["feature_id"].to_numpy()
-        order = np.argsort(_sort_key(ids, by_id["activation"].to_numpy()), kind="stable")
-        kept = order[_rank_in_group(ids[order]) < parts[0].num_kept]
-        return cls(parts[0].num_kept, by_id.take(pa.array(kept)))
+        ids, activations = rows["feature_id"].to_numpy(), rows["activation"].to_numpy()
+        kept = _strongest(ids, activations, lambda at: rows["sample_id"].take(pa.array(at)), parts[0].num_kept)
+        return cls(parts[0].num_kept, rows.take(pa.array(kept)))
 
     def merge(self, other: TopExemplars) -> TopExemplars:
         """The strongest of the rows of both.
@@ -135,7 +132,38 @@ def _words_around(text: str, peak_start: int, peak_end: int, span_words: int) ->
     return words, first, last
 
 
-def _sort_key(feature_ids: Int[np.ndarray, " pairs"], activations: np.ndarray) -> Int[np.ndarray, " pairs"]:
+def _strongest(
+    feature_ids: Int[np.ndarray, " pairs"],
+    activations: Float[np.ndarray, " pairs"],
+    sample_ids_at: Callable[[Int[np.ndarray, " some"]], pa.ChunkedArray],
+    num_kept: int,
+) -> Int[np.ndarray, " kept"]:
+    """Where the first `num_kept` pairs of each feature stand, by activation descending, then sample_id ascending.
+
+    Only pairs with an equal need their sample_id, and strings are slow to sort, so they are looked up for these alone.
+    """
+    key = _sort_key(feature_ids, activations)
+    order = np.argsort(key, kind="stable")
+    equals_next = np.diff(key[order], append=0) == 0 if len(order) else np.zeros(0, bool)
+    equals_next[-1:] = False
+    tied = equals_next | np.roll(equals_next, 1)
+    if tied.any():
+        at = order[tied]
+        order[tied] = at[np.lexsort((_ranks(sample_ids_at(at)), key[at]))]
+    return order[_rank_in_group(feature_ids[order]) < num_kept]
+
+
+def _ranks(texts: pa.ChunkedArray) -> Int[np.ndarray, " texts"]:
+    """Integers that sort as the texts do: only the distinct ones are compared."""
+    encoded = texts.combine_chunks().dictionary_encode()
+    ranks = np.empty(len(encoded.dictionary), np.int64)
+    ranks[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(ranks))
+    return ranks[encoded.indices.to_numpy()]
+
+
+def _sort_key(
+    feature_ids: Int[np.ndarray, " pairs"], activations: Float[np.ndarray, " pairs"]
+) -> UInt64[np.ndarray, " pairs"]:
     """One integer that sorts by feature ascending, then activation descending.
 
     The bits of floats that are not negative are ordered as the floats are.

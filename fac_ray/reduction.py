@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_PARTIALS = 256
 """Partials that the driver folds; more parts than that go several to a task."""
+MERGE_EVERY = 6
+"""Exemplars of so many parts wait in memory for one merge."""
 SPARE_EXEMPLARS = 3
 """Times `num_exemplars` that are kept until duplicates among the spans are known."""
 
@@ -195,10 +197,8 @@ def _fold_parts(
     for row in _map_parts(folder, reduce_parts).iter_rows():
         if fold.fold(row["parts"], FeatureCounts.from_bytes(row["counts"])):
             rows = rows.add(_RowSet(row["num_rows"], row["id_sum"]))
-            tops.append(TopExemplars.from_bytes(num_kept, row["exemplars"]))
+            tops = _gather(tops, TopExemplars.from_bytes(num_kept, row["exemplars"]))
             progress.advance(row["num_rows"])
-        if len(tops) >= 16:
-            tops = [TopExemplars.merge_all(tops)]
     _check_rows(folder, rows, samples)
     return fold.total, TopExemplars.merge_all(tops)
 
@@ -210,23 +210,29 @@ def _reduce_parts(
     labels: SampleLabels = ray.get(labels_ref)
     paths = batch["path"].to_pylist()
     counts = FeatureCounts.empty(measure.grid, measure.threshold, d_sae)
-    top, seen = TopExemplars.empty(num_kept), _RowSet()
+    tops, seen = [TopExemplars.empty(num_kept)], _RowSet()
     for path in paths:
         rows = require_columns(pq.read_table(path), ACTIVATIONS, path)
         numbers = id_numbers(rows["sample_id"])
         seen = seen.add(_RowSet.of(numbers))
         part = FeatureCounts.from_rows(rows, labels.of(numbers), measure.grid, measure.threshold, d_sae)
         counts = counts.merge(part)
-        top = top.merge(TopExemplars.from_rows(rows, num_kept, d_sae))
+        tops = _gather(tops, TopExemplars.from_rows(rows, num_kept, d_sae))
     return pa.table(
         {
             "parts": ["\n".join(paths)],
             "counts": pa.array([counts.to_bytes()], pa.large_binary()),
-            "exemplars": pa.array([top.to_bytes()], pa.large_binary()),
+            "exemplars": pa.array([TopExemplars.merge_all(tops).to_bytes()], pa.large_binary()),
             "num_rows": [seen.num_rows],
             "id_sum": pa.array([seen.id_sum], pa.uint64()),
         }
     )
+
+
+def _gather(tops: list[TopExemplars], top: TopExemplars) -> list[TopExemplars]:
+    """One more part, merged with the others only now and then: a merge costs as much for two as for several."""
+    tops = [*tops, top]
+    return tops if len(tops) < MERGE_EVERY else [TopExemplars.merge_all(tops)]
 
 
 def _check_rows(folder: Path, measured: _RowSet, samples: _RowSet) -> None:

@@ -216,11 +216,11 @@ def _distinct_counts(
     return np.unique(counts[counts > 0], return_counts=True)
 
 
-def _sizes(sizes: Sequence[int] | Int[np.ndarray, " sizes"], num_samples: int) -> Int[np.ndarray, " sizes"]:
-    sizes = np.asarray(sizes, np.int64)
-    if len(sizes) and (sizes.min() < 0 or sizes.max() > num_samples):
-        raise ValueError(f"subset sizes must lie in [0, {num_samples}], got {sizes.min()} to {sizes.max()}")
-    return sizes
+def _sizes(sizes: Sequence[int] | Int[np.ndarray, " sizes"], num_samples: int) -> list[int]:
+    checked = [int(size) for size in sizes]
+    if checked and (min(checked) < 0 or max(checked) > num_samples):
+        raise ValueError(f"subset sizes must lie in [0, {num_samples}], got {min(checked)} to {max(checked)}")
+    return checked
 
 
 def _log_absent(counts: Int[np.ndarray, " counts"], num_samples: int, size: int) -> Float[np.ndarray, " counts"]:

@@ -17,7 +17,7 @@ from fac_ray.corpus import ingest_corpus, plan_shards
 from fac_ray.progress import Progress
 from fac_ray.rows import BadRow
 from fac_ray.samples import parse_transcript, read_sample
-from fac_ray.schema import REJECTED, SAMPLES, content_id
+from fac_ray.schema import REJECTED, SAMPLES, Message, content_id
 from fac_ray.sources import Source
 
 HH_RLHF = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base_test.jsonl.gz"
@@ -74,7 +74,7 @@ def test_a_row_that_is_no_sample_says_why(value, corpus, reason):
 
 def test_a_chat_s_text_is_its_contents_joined_by_blank_lines():
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u\nv", "name": "extra"}]
-    expected = [{"role": "system", "content": "s"}, {"role": "user", "content": "u\nv"}]
+    expected: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "u\nv"}]
     for value in (chat, json.dumps(chat)):
         sample = read_sample({"chat": value}, CHAT, "f", 3)
         assert sample["messages"] == expected

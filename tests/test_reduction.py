@@ -125,7 +125,7 @@ def test_exemplars_are_the_strongest_spans_that_differ(tmp_path, corpus):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_is_written_has_the_stated_schemas(tmp_path, corpus):
-    _, folder = reduce(tmp_path, *corpus, 2)
+    _, folder = reduce(tmp_path, corpus[0], corpus[1], 2)
     assert read_table(folder / "coverage.parquet").schema == COVERAGE
     assert read_table(folder / "exemplars.parquet").schema == EXEMPLARS
     assert {p.name for p in parquet_files(folder)} == {"coverage.parquet", "exemplars.parquet", "labels.parquet"}

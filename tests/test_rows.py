@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from fac_ray.config import ConfigError, CorpusConfig
 from fac_ray.rows import BadRow, read_rows
 from fac_ray.sources import Piece, Source, count_line_breaks, list_sources, source_fingerprint, split_source
 
-OBJECTS = [{"text": "one"}, {"text": 'two, and\n"three"', "n": 4}, {"text": "grüße"}]
+OBJECTS: list[dict[str, Any]] = [{"text": "one"}, {"text": 'two, and\n"three"', "n": 4}, {"text": "grüße"}]
 
 
 def rows_of(path, columns=("text",)):

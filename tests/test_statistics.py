@@ -143,7 +143,7 @@ def test_coverage_of_a_part_of_a_corpus_is_no_news_at_matched_size():
     active = rng.random((400, 300)) < rng.beta(0.3, 10, size=300)
     part = active[:100]
     whole, half = corpus(active.sum(0), 400, 4000), corpus(part.sum(0), 100, 1000)
-    matched = matched_coverage([whole, half], active.any(axis=0), 0.0)
+    matched = matched_coverage([whole, half], np.asarray(active.any(axis=0)), 0.0)
     assert matched.at_samples[0] == pytest.approx(matched.at_samples[1], abs=0.05)
     assert whole.active(0.0).sum() > 1.2 * half.active(0.0).sum()
 
