@@ -60,7 +60,8 @@ def train_sae(backbone: Backbone, texts: Sequence[Text], folder: Path, recipe: S
     Raises:
         ValueError: there are fewer than 20 texts, or a text cannot be tokenized.
     """
-    from sae_lens import SAETrainerConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
     from sae_lens.training.mixing_buffer import mixing_buffer
     from sae_lens.training.sae_trainer import SAETrainer
 
@@ -74,6 +75,7 @@ def train_sae(backbone: Backbone, texts: Sequence[Text], folder: Path, recipe: S
             total_training_samples=num_steps * recipe.batch_tokens,
             train_batch_size_samples=recipe.batch_tokens,
             lr=recipe.learning_rate,
+            lr_end=recipe.learning_rate,
             lr_warm_up_steps=num_steps // 20,
             lr_decay_steps=num_steps // 4,
             device=str(backbone.device),
