@@ -1,7 +1,7 @@
 """The rows of a file, as they are: a piece of a file comes in, raw rows go out, one by one, in bounded memory.
 
 jsonl, csv, parquet, plain text and JSON arrays; gzip of all but parquet. A row that cannot be read is handed on as a
-`BadRow` with the reason, in its place, so that no row is ever lost.
+`BadRow` with the reason, in its place, so that no row is ever lost; so is a cell of a row.
 """
 
 from __future__ import annotations
@@ -219,10 +219,16 @@ def _read_parquet(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, A
 def _values(batch: pa.RecordBatch) -> list[Any]:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError as error:  # Parquet does not check its strings
-        if len(batch) == 1:
-            return [BadRow(f"not UTF-8: {error.reason}")]
-        return [value for row in range(len(batch)) for value in _values(batch.slice(row, 1))]
+    except UnicodeDecodeError:  # Parquet does not check its strings: then cell by cell
+        columns = [[_cell(value) for value in column] for column in batch.columns]
+        return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _cell(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8: {error.reason} at byte {error.start}")
 
 
 READERS: dict[str, Callable[[Piece, Sequence[str]], Iterator[tuple[int, Any]]]] = {

@@ -117,6 +117,8 @@ def _require_text(row: Mapping[str, Any], column: str) -> str:
 def _require_column(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
         raise BadRow(f"missing column: {column!r} is not among {', '.join(map(repr, row))[:200] or 'no columns'}")
+    if isinstance(row[column], BadRow):
+        raise row[column]
     return row[column]
 
 
@@ -131,9 +133,12 @@ def _require_unicode(text: str) -> str:
 
 
 def _read_label(row: Mapping[str, Any], column: str | None) -> str | None:
-    """str() of the label; None where there is none or an empty one."""
+    """str() of the label; None where there is none or an empty one.
+
+    No label makes a row a bad row, so the samples of a corpus are the same with any label column or none.
+    """
     value = row.get(column) if column else None
-    return None if value is None or value == "" else _require_unicode(str(value))
+    return None if value is None or value == "" else str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _type_name(value: Any) -> str:

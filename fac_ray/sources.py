@@ -78,8 +78,9 @@ def list_sources(corpus: CorpusConfig) -> list[Source]:
 
 
 def source_fingerprint(corpus: CorpusConfig) -> str:
-    """Hash of all that a corpus's samples depend on: its files, and the keys that say how they are read.
+    """Hash of all that the texts of a corpus's samples depend on: its files, and the keys that say how they are read.
 
+    The label is not among them: it decides neither which rows are samples nor what a model sees of them.
     A local file of up to 16 MiB counts by its content, a larger or remote one by size and time of change (`hf://`: by
     the hub's own hash).
 
@@ -87,7 +88,7 @@ def source_fingerprint(corpus: CorpusConfig) -> str:
         ConfigError: as `list_sources`.
     """
     files = [[s.name, s.size_bytes, _version(s)] for s in list_sources(corpus)]
-    keys = corpus.model_dump(mode="json", exclude={"path"})
+    keys = corpus.model_dump(mode="json", exclude={"path", "label"})
     return hash_of(json.dumps([files, keys], sort_keys=True))
 
 

@@ -53,7 +53,8 @@ def write_lines(path, rows):
         ({"text": "a\ud800"}, PLAIN, "not UTF-8: a lone surrogate at character 1"),
         ({"text": "a\udcff"}, PLAIN, "not UTF-8: a byte at character 1"),
         ({"text": b"\xff"}, PLAIN, "not UTF-8"),
-        ({"text": "a", "label": "\ud800"}, PLAIN, "not UTF-8"),
+        ({"text": BadRow("not UTF-8: here")}, PLAIN, "not UTF-8: here"),
+        (BadRow("not JSON: here"), PLAIN, "not JSON: here"),
         ({"text": "a"}, CHAT, "missing column: 'chat'"),
         ({"chat": None}, CHAT, "malformed messages: .* not null"),
         ({"chat": []}, CHAT, "malformed messages"),
@@ -86,6 +87,13 @@ def test_a_label_is_text_or_absent():
     labels = [read_sample({"text": "a", "label": x}, PLAIN, "f", 0)["label"] for x in (1, True, "no", 0.5, "", None)]
     assert labels == ["1", "True", "no", "0.5", None, None]
     assert read_sample({"text": "a"}, PLAIN, "f", 0)["label"] is None
+
+
+@pytest.mark.parametrize("label", ["\ud800", BadRow("not UTF-8: here"), b"\xff", {"a": ["b"]}, float("nan")])
+def test_no_label_makes_a_sample_a_bad_row(label):
+    sample = read_sample({"text": "a", "label": label}, PLAIN, "f", 0)
+    assert sample["text"] == "a"
+    assert sample["label"].encode("utf-8")
 
 
 def test_ids_tell_places_apart_and_content_ids_do_not():

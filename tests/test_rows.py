@@ -80,12 +80,13 @@ def test_a_parquet_file_without_the_column_still_has_its_rows(tmp_path):
     assert rows_of(tmp_path / "a.parquet") == [(0, {"body": None}), (1, {"body": None})]
 
 
-def test_parquet_strings_that_are_not_utf8_cost_their_row_alone(tmp_path):
-    strings = pa.array([b"fine", b"\xff\xfe", b"fine too"]).view(pa.string())
-    pq.write_table(pa.table({"text": strings}), tmp_path / "a.parquet")
-    rows = rows_of(tmp_path / "a.parquet")
-    assert reasons_of(rows) == {1: "not UTF-8"}
-    assert [rows[0][1], rows[2][1]] == [{"text": "fine"}, {"text": "fine too"}]
+def test_parquet_strings_that_are_not_utf8_cost_their_cell_alone(tmp_path):
+    strings = pa.array([b"fine", b"a\xff", b"fine too"]).view(pa.string())
+    pq.write_table(pa.table({"text": strings, "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    rows = rows_of(tmp_path / "a.parquet", ("text", "n"))
+    assert [rows[0], rows[2]] == [(0, {"text": "fine", "n": 1}), (2, {"text": "fine too", "n": 3})]
+    assert str(rows[1][1]["text"]).startswith("not UTF-8")
+    assert rows[1][1]["n"] == 2
 
 
 def test_a_bad_line_costs_its_row_alone(tmp_path):
@@ -221,6 +222,7 @@ def test_the_fingerprint_depends_on_content_and_keys_and_not_on_the_time_of_writ
     before = source_fingerprint(corpus)
     (tree / "b.jsonl").write_bytes(b'{"text": "x"}\n')
     assert source_fingerprint(corpus) == before
-    assert source_fingerprint(CorpusConfig(path="corpus/b.jsonl", label="y")) != before
+    assert source_fingerprint(CorpusConfig(path="corpus/b.jsonl", label="y")) == before
+    assert source_fingerprint(CorpusConfig(path="corpus/b.jsonl", text="y")) != before
     (tree / "b.jsonl").write_bytes(b'{"text": "z"}\n')
     assert source_fingerprint(corpus) != before
