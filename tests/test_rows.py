@@ -226,3 +226,13 @@ def test_the_fingerprint_depends_on_content_and_keys_and_not_on_the_time_of_writ
     assert source_fingerprint(CorpusConfig(path="corpus/b.jsonl", text="y")) != before
     (tree / "b.jsonl").write_bytes(b'{"text": "z"}\n')
     assert source_fingerprint(corpus) != before
+
+
+def test_a_uri_goes_through_its_file_system(tree):
+    path = f"file://{tree}"
+    sources = list_sources(CorpusConfig(path=f"{path}/**/*.[jct]*"))
+    assert [s.name for s in sources] == [
+        f"{path}/{n}" for n in ("a.jsonl.gz", "b.jsonl", "deep/d[1].txt", "deep/er/c.csv")
+    ]
+    assert list(read_rows(Piece(sources[0]), ["text"])) == [(0, {"text": "x"})]
+    assert list_sources(CorpusConfig(path=f"{path}/b.jsonl"))[0].location == f"{path}/b.jsonl"
