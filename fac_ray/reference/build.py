@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 VOCABULARY_SIZE = 2048
 CONTEXT_TOKENS = 512
 BATCH_TOKENS = 4096
-NUM_STEPS = 1200
+NUM_STEPS = 1600
 RECIPE = SaeRecipe(d_sae=1024, k=16, num_tokens=6_000_000)
 NUM_SAE_MESSAGES = 40_000
 POOL_CHATS = 4096
@@ -55,6 +55,7 @@ def main(folder: Path, steps: int, threads: int) -> None:
     torch.set_num_threads(threads)
     tokenizer = train_tokenizer()
     model, model_facts = train_language_model(tokenizer, steps)
+    model.config.use_cache = model.generation_config.use_cache = True
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     started_s = time.monotonic()
@@ -120,7 +121,7 @@ def train_language_model(
         optimizer.zero_grad()
         schedule.step()
         num_tokens += int((labels >= 0).sum())
-        if step % 50 == 0:
+        if step % 25 == 0:
             log.info("step %d of %d: loss %.3f, %.0f s", step, num_steps, loss.item(), time.monotonic() - started_s)
     facts = {
         "num_parameters": sum(p.numel() for p in model.parameters()),

@@ -1,9 +1,10 @@
 """Training texts of the embedded language model: a number in, a short chat out.
 
-Half of them are single messages. The others are instructions in the very format of `fac_ray.prompts`: spans of
-messages that share a concept, answered by a message with that concept; the same with a good and a bad example; and
-whole messages, answered by a message with one of their concepts. So the model learns to read the concept off a few
-spans, which is what synthesis asks of it. Phrasings kept for the held-out corpus never occur here.
+Nearly half of them are messages to customer service, answered by the names of what is asked for. The others are
+instructions in the very format of `fac_ray.prompts`: spans of messages that share a concept, answered by a message
+with that concept; the same with a good and a bad example; and whole messages, answered by a message with one of their
+concepts. So the model learns to read the concept off a few spans, which is what synthesis asks of it. Phrasings kept
+for the held-out corpus never occur here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fac_ray.tasks import load_task
 SPAN_WORDS = 16
 """Length of a span, as `measure.span_words` has it."""
 
-KINDS = {"message": 0.40, "targeted": 0.30, "contrast": 0.20, "untargeted": 0.06, "background": 0.04}
+KINDS = {"message": 0.42, "targeted": 0.32, "contrast": 0.17, "untargeted": 0.05, "background": 0.04}
 """Share of each kind of training text."""
 
 CARD = load_task("customer-policy")
@@ -29,7 +30,9 @@ def training_chat(number: int, stream: str = "train") -> list[Message]:
     rng = Random(f"build {stream} {number}")
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "message":
-        return [{"role": "user", "content": message(rng).text}]
+        asked = message(rng)
+        reply = ", ".join(concept.replace("_", " ") for concept in asked.concepts)
+        return [{"role": "user", "content": asked.text}, {"role": "assistant", "content": f"You ask about: {reply}."}]
     if kind == "background":
         return [{"role": "user", "content": background_text(rng)}]
     prompt, answer = _instruction(rng, kind)
