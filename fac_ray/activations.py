@@ -63,9 +63,15 @@ class Extraction:
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self._extractor = FeatureExtractor(ModelConfig(**model), SaeConfig(**sae), MeasureConfig(**measure))
+        self._extractor: FeatureExtractor | ConfigError
+        try:
+            self._extractor = FeatureExtractor(ModelConfig(**model), SaeConfig(**sae), MeasureConfig(**measure))
+        except ConfigError as error:  # raised from here it would make Ray start the actor again and again
+            self._extractor = error
 
     def __call__(self, samples: pa.Table) -> pa.Table:
+        if isinstance(self._extractor, ConfigError):
+            raise self._extractor
         return self._extractor.extract_table(samples)
 
 
@@ -106,7 +112,7 @@ def extract_activations(
     output_folder = output_folder.resolve()
     before, started_s = committed_totals(output_folder), time.monotonic()
     if before.num_samples != num_samples:
-        with _following(output_folder, progress):
+        with _following(output_folder, progress), _own_errors():
             _run(sources, output_folder, config, num_samples)
     totals, seconds = committed_totals(output_folder), time.monotonic() - started_s
     progress.set(totals.num_samples)
@@ -183,17 +189,34 @@ def _run(sources: list[Path], output_folder: Path, config: RunConfig, num_sample
 def _checkpointed(output_folder: Path) -> Iterator[None]:
     """Datasets that are made and written inside the block commit their rows, or fail; the process's own context stays
     as it is."""
-    context = ray.data.DataContext.get_current().copy()
-    context.checkpoint_config = CheckpointConfig(
+    checkpoint = CheckpointConfig(
         id_column="sample_id",
         checkpoint_path=str(output_folder / CHECKPOINT_FOLDER),
         delete_checkpoint_on_success=False,  # an interruption before the stage is marked as finished must find it
     )
+    # each of these takes a CPU, and a small cluster has none to give away
+    checkpoint.checkpoint_actor_pool_max_size = max(1, min(10, int(ray.cluster_resources()["CPU"] // 8)))
+    context = ray.data.DataContext.get_current().copy()
+    context.checkpoint_config = checkpoint
     context.execution_no_progress_timeout_s = WAIT_FOR_CAPACITY_S
-    context.max_consecutive_actor_init_deaths = 3
+    context.max_consecutive_actor_init_deaths = 3  # a machine may go away, or its memory
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*support checkpointing.*")
         yield
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """A ConfigError of an actor as itself, not as the failed task around it."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise ConfigError(str(cause)) from error
 
 
 @contextmanager

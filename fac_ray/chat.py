@@ -116,11 +116,14 @@ def render(tokenizer: PreTrainedTokenizerFast, text: str, messages: Sequence[Mes
     """
     if not text or not text.strip():
         raise ValueError("the text is empty")
+    text.encode()  # UnicodeEncodeError, a ValueError, where a character is half of a surrogate pair
     if not tokenizer.chat_template:
         whole = np.asarray([[0, len(text)]])
         return Rendered(text, whole, whole)
     if messages is None:
         messages = [{"role": "user", "content": text}]
+    if not messages:
+        raise ValueError("the chat has no message")
     contents = [_content(message) for message in messages]
     string = _apply_template(tokenizer, messages)
     parts = _template_parts(tokenizer, tuple(message["role"] for message in messages))

@@ -87,20 +87,21 @@ def test_native_activations_are_those_of_saelens(tmp_path, architecture, setting
     theirs = SAE.load_from_disk(tmp_path, device="cpu")
     x = 3 * torch.randn(50, 16, generator=torch.Generator().manual_seed(2))
     assert isinstance(sae, SaeLensAutoencoder if architecture == "gated" else SparseAutoencoder)
-    assert (sae.d_model, sae.d_sae) == (16, 40) and sae_width(SaeConfig(path=str(tmp_path))) == 40
+    assert (sae.d_model, sae.d_sae) == (16, 40)
+    assert sae_width(SaeConfig(path=str(tmp_path))) == 40
     expected = theirs.encode(x).relu()
     assert (expected > 0).any()
     torch.testing.assert_close(sae.encode(x, "native"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_folder_without_the_version_of_today_is_read_by_saelens_itself(tmp_path):
-    saelens_folder(tmp_path, "standard")
-    old = {"architecture": "standard", "d_in": 16, "d_sae": 40, "dtype": "float32", "hook_name": "blocks.1.hook_z0"}
+    new = load(saelens_folder(tmp_path, "standard"))
     x = torch.randn(5, 16)
-    new = load(tmp_path).encode(x, "native")
-    (tmp_path / "cfg.json").write_text(json.dumps(old | {"hook_name": "blocks.1.hook_resid_post"}))
+    expected = new.encode(x, "native")
+    old = {"d_in": 16, "d_sae": 40, "dtype": "float32", "hook_name": "blocks.1.hook_resid_post"}
+    (tmp_path / "cfg.json").write_text(json.dumps(old))
     sae = load(tmp_path)
-    torch.testing.assert_close(sae.encode(x, "native"), new)
+    torch.testing.assert_close(sae.encode(x, "native"), expected)
     assert sae.hook_name == "blocks.1.hook_resid_post"
 
 

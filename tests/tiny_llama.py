@@ -1,4 +1,4 @@
-"""A random Llama of a few thousand weights with its own small tokenizer, for tests that need any real language model."""
+"""A random Llama of a few thousand weights with its own small tokenizer, for tests that need a real language model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ CHAT_TEMPLATE = """\
 {{- 'Today is ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}
 {%- for message in messages %}
     {%- if message['role'] not in ('user', 'assistant') %}{{ raise_exception('unknown role') }}{% endif %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}"""
 
 
