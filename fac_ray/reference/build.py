@@ -27,6 +27,7 @@ from fac_ray.reference import HOOK_LAYER
 from fac_ray.reference.card import measure_concepts, write_card
 from fac_ray.reference.chats import training_chat, training_message
 from fac_ray.sae_training import SaeRecipe, train_sae
+from fac_ray.schema import Message
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def training_batches(
     while True:
         chats = [training_chat(number + place, stream) for place in range(POOL_CHATS)]
         number += POOL_CHATS
-        rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        rendered = [_rendered(tokenizer, chat) for chat in chats]
         encoded = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         batches = list(_batched_by_length([ids[:CONTEXT_TOKENS] for ids in encoded]))
         rng.shuffle(batches)
@@ -151,6 +152,11 @@ def training_batches(
             for place, row in enumerate(rows):
                 token_ids[place, : len(row)] = labels[place, : len(row)] = torch.tensor(row)
             yield token_ids, labels
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, chat: list[Message]) -> str:
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in chat]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
 
 def _batched_by_length(rows: list[list[int]]) -> Iterator[list[list[int]]]:

@@ -39,7 +39,7 @@ def score_truth(
     feature_ids = gaps["feature_id"].to_numpy()
     activations, present = _anchor(truth, samples_folder, activations_folder, feature_ids)
     auc = concept_auc(np.where(is_active(activations, threshold), activations, 0), present)
-    features = {}
+    features: dict[int, dict[str, Any]] = {}
     for column, feature_id in enumerate(feature_ids.tolist()):
         best = int(auc[:, column].argmax())
         known = auc[best, column] >= MIN_AUC
