@@ -168,7 +168,8 @@ def start_ray() -> None:
     with ray_session():
         import ray
 
-        _say(ray.get(ray.remote(lambda: "a worker answers").remote()))
+        answer = ray.get(ray.remote(lambda: "a worker answers").remote())
+    _say(answer)
 
 
 def start_vllm() -> None:

@@ -14,6 +14,8 @@ from typing import TextIO
 
 TERMINAL_INTERVAL_S = 0.1
 LOG_INTERVAL_S = 5.0
+STANDING_INTERVAL_S = 30.0
+"""Time between lines of a log while the count stands still."""
 
 
 class Progress:
@@ -29,7 +31,7 @@ class Progress:
     ) -> None:
         """`total`: the count at which the work is done, None if unknown; `stream`: None for stderr."""
         self.name, self.total, self.unit = name, total, unit
-        self.count = 0
+        self.count = self._shown_count = 0
         self._stream: TextIO | None = stream if stream is not None else sys.stderr
         self._terminal = self._stream.isatty()
         self._lock = threading.Lock()
@@ -64,16 +66,20 @@ class Progress:
         self._move(lambda _: count)
 
     def _move(self, step: Callable[[int], int]) -> None:
-        interval_s = TERMINAL_INTERVAL_S if self._terminal else LOG_INTERVAL_S
         with self._lock:
             self.count = step(self.count)
-            if time.monotonic() - self._shown_s >= interval_s:
+            if time.monotonic() - self._shown_s >= self._interval_s():
                 self._show(self._state())
+
+    def _interval_s(self) -> float:
+        if self._terminal:
+            return TERMINAL_INTERVAL_S
+        return STANDING_INTERVAL_S if self.count == self._shown_count else LOG_INTERVAL_S
 
     def _show(self, line: str, last: bool = False) -> None:
         if self._stream is None:
             return
-        self._shown_s = time.monotonic()
+        self._shown_s, self._shown_count = time.monotonic(), self.count
         start, end = ("\r\x1b[2K", "\n" if last else "") if self._terminal else ("", "\n")
         self._stream.write(f"{start}{line}{end}")
         self._stream.flush()

@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 
 @contextmanager
@@ -37,10 +37,12 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
             num_cpus=None if address else _logical_cpus(),
             include_dashboard=None if address else False,
             log_to_driver=verbose,
+            _system_config=None if address else {"prestart_worker_first_driver": False},  # workers as they are needed
             logging_level=logging.INFO if verbose else logging.ERROR,
         )
         _quiet_stages(verbose)
-        yield
+        with redirect_stdout(sys.stderr):  # what Ray tells of itself; the standard output is for results
+            yield
     finally:
         ray.shutdown()
 

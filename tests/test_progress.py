@@ -37,6 +37,15 @@ def test_a_log_gets_one_line_every_few_seconds_and_a_closing_line(clock):
     ]
 
 
+def test_a_count_that_stands_still_fills_no_log(clock):
+    log = io.StringIO()
+    with Progress("activations/anchor", total=10, stream=log) as progress:
+        for _ in range(70):
+            clock[0] += 1.0
+            progress.set(0)
+        assert log.getvalue().splitlines() == ["activations/anchor: 0 of 10 samples, 0.00/s"] * 2
+
+
 def test_a_log_has_no_control_characters(clock):
     log = io.StringIO()
     with Progress("ingest", stream=log) as progress:
