@@ -96,7 +96,7 @@ class MeasureConfig(Section):
 
 class CorpusConfig(Section):
     path: str | tuple[str, ...]
-    """File, folder or glob, or several; local, `s3://`, `gs://` or `hf://`; jsonl, csv, parquet, txt, also as .gz."""
+    """File, folder, glob or several; local, `s3://`, `gs://`, `hf://`; jsonl, json, csv, txt, also .gz, and parquet."""
     format: Literal["jsonl", "csv", "parquet", "text"] | None = None
     """None: from the file ending."""
     text: str | None = None
