@@ -461,6 +461,7 @@ def random_world(tmp_path_factory) -> tuple[RunConfig, pa.Table, pa.Table]:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(900)  # two starts of vLLM, on whatever machine
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_generator_that_dies_in_the_middle_changes_no_number(random_world, tmp_path, monkeypatch):
     config, gaps, seed = random_world
