@@ -24,7 +24,7 @@ from fac_ray.training.engine import deepspeed_config, learning_rate_factor
 
 KEYWORDS = ("refund", "parcel")
 FILLER = tuple(f"word{number}" for number in range(40))
-TEMPLATE = "{% for m in messages %}<bos>{{ m.role }} {{ m.content }}{% endfor %}"
+TEMPLATE = "<bos> {% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
 
 
 # ---- batches ----
@@ -62,16 +62,15 @@ def test_short_rows_are_filled_and_masked_on_the_right():
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_a_text_is_encoded_with_one_bos(template):
+@pytest.mark.parametrize(("template", "prefix"), [(None, []), (TEMPLATE, ["<bos>", "user"])])
+def test_a_text_is_encoded_as_one_user_message_and_cut_at_its_end(template, prefix):
     tokenizer = word_tokenizer()
     tokenizer.chat_template = template
-    bare, empty = encode(tokenizer, ["refund parcel", ""], max_tokens=8)
-    assert bare.count(tokenizer.bos_token_id) == 1
-    assert bare[0] == tokenizer.bos_token_id
-    assert tokenizer.convert_ids_to_tokens(bare)[-2:] == ["refund", "parcel"]
-    assert empty[0] == tokenizer.bos_token_id
-    assert encode(tokenizer, ["refund parcel"], max_tokens=2) == [bare[:2]]
+    (whole,) = encode(tokenizer, ["refund parcel"], max_tokens=8)
+    assert tokenizer.convert_ids_to_tokens(whole) == [*prefix, "refund", "parcel"]
+    long, unreadable = encode(tokenizer, ["refund " * 20, " "], max_tokens=8)
+    assert long == whole[: len(prefix)] + [tokenizer.vocab["refund"]] * (8 - len(prefix))
+    assert unreadable == [tokenizer.pad_token_id]
 
 
 # ---- optimizer ----
@@ -106,6 +105,12 @@ def test_a_held_out_text_in_an_arm_is_refused(tmp_path):
         train_arms(run_config(tmp_path), {"seed": leaking}, rows, tmp_path, Progress.silent())
 
 
+def test_a_model_that_is_not_there_is_refused(tmp_path):
+    config = run_config(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"model\.path .*none': cannot be loaded"):
+        train_arms(config, {"seed": arm(8, 0)}, heldout(8), tmp_path, Progress.silent())
+
+
 @pytest.mark.parametrize(("label", "message"), [("1", "of one class"), (None, "no sample has a label")])
 def test_a_held_out_corpus_needs_both_classes(tmp_path, label, message):
     rows = heldout(8)
@@ -125,8 +130,10 @@ def model_folder(tmp_path_factory) -> Path:
     tokenizer = word_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -6,6 +6,7 @@ arms that differ in K rows differ in nothing else, and two workers step as one d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,19 +14,29 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from fac_ray.chat import tokenize
+from fac_ray.config import MeasureConfig
+
+logger = logging.getLogger(__name__)
+
 
 def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of each text, read as one user message where there is a chat template, with exactly one BOS.
+    """Token ids of each text as it is read when it is measured: one user message if there is a chat template.
 
-    Longer ones keep their first `max_tokens`. A text without any token becomes one BOS, EOS or padding token.
+    Longer ones keep their first `max_tokens`. A text that cannot be read, such as an empty one, becomes one padding
+    token, so that every row keeps its place; their number is logged.
     """
-    if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
-    filler = bos or [padding_id(tokenizer)]
-    return [((row if row[:1] == bos else bos + row) or filler)[:max_tokens] for row in rows]
+    reading = MeasureConfig(tokens="all", max_tokens=max_tokens).resolved()
+    rows, num_unread = [], 0
+    for text in texts:
+        try:
+            rows.append(tokenize(tokenizer, text, None, reading).token_ids.tolist())
+        except ValueError:
+            rows.append([padding_id(tokenizer)])
+            num_unread += 1
+    if num_unread:
+        logger.warning("%d of %d texts cannot be read and are trained or scored as empty ones", num_unread, len(texts))
+    return rows
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -6,7 +6,7 @@ and a killed worker costs the fit it was at, not those before it.
 
 from __future__ import annotations
 
-import logging
+import os
 import shutil
 import threading
 from collections import Counter
@@ -28,8 +28,6 @@ from fac_ray.progress import Progress
 from fac_ray.training.arms import labels_of, repeated_contents
 from fac_ray.training.worker import Fit, Plan, run_fits
 
-logger = logging.getLogger(__name__)
-
 MAX_FAILURES = 2
 """Worker deaths after which the training gives up; each restarts all workers at the first unfinished fit."""
 
@@ -47,7 +45,7 @@ def train_arms(
         Facts: num_fits, num_skipped, num_workers, gpu, and for each arm num_samples, num_positive, origins.
 
     Raises:
-        ConfigError: `training.batch_size` is not a multiple of `training.num_workers`.
+        ConfigError: `training.batch_size` is not a multiple of `training.num_workers`, or there is no such model.
         ValueError: the held-out corpus has no labels or one class only, or an arm holds one of its contents.
         RuntimeError: the workers failed for good.
     """
@@ -110,10 +108,11 @@ def _refuse_leaks(arms: dict[str, pa.Table], heldout: pa.Table) -> None:
 def _plan(
     config: RunConfig, training: TrainingConfig, arms: dict[str, pa.Table], heldout: pa.Table, folder: Path
 ) -> Plan:
+    model, hub_options = _model(config, training)
     common = {
         "version": fac_ray.__version__,
         "heldout": _content(heldout),
-        "model": config.model.model_dump(include={"path", "revision"}),
+        "model": [model, hub_options],
         "training": training.model_dump(exclude={"arms", "seeds"}),
     }
     fits = tuple(
@@ -121,7 +120,26 @@ def _plan(
         for seed in training.seeds
         for name, arm in arms.items()
     )
-    return Plan(folder, fits, config.model, training)
+    return Plan(folder, fits, model, hub_options, training)
+
+
+def _model(config: RunConfig, training: TrainingConfig) -> tuple[str, dict[str, Any]]:
+    """Where the model is and how it is loaded; its settings are read here, because workers would try three times."""
+    from transformers import AutoConfig
+
+    given = training.model or config.model.path
+    path = Path(given).expanduser()
+    source = str(path.absolute()) if path.is_dir() else given
+    options = {
+        "revision": (config.model.revision if training.model is None else None) or "main",
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    try:
+        AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        key = "model.path" if training.model is None else "training.model"
+        raise ConfigError(f"{key} {given!r}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return source, options
 
 
 def _content(rows: pa.Table) -> str:
@@ -130,6 +148,7 @@ def _content(rows: pa.Table) -> str:
 
 def _fit(plan: Plan, use_gpu: bool) -> None:
     """Run the workers until every fit of the plan is finished."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # a busy or growing cluster takes minutes
     storage = plan.folder / "ray"
     shutil.rmtree(storage, ignore_errors=True)
     trainer = TorchTrainer(

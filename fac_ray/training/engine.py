@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from fac_ray.config import TrainingConfig
 
@@ -28,6 +29,8 @@ def prepare_process() -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, by g++, at every start
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_workers))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()  # else each fit reports that its head is new
+    transformers_logging.disable_progress_bar()
     return ray.train.torch.get_device()
 
 
@@ -37,7 +40,9 @@ def start_engine(model: torch.nn.Module, training: TrainingConfig, num_steps: in
 
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW(_parameter_groups(model, training.weight_decay), lr=training.learning_rate),
+        optimizer=torch.optim.AdamW(
+            _parameter_groups(model, training.weight_decay), lr=training.learning_rate, fused=True
+        ),
         lr_scheduler=lambda optimizer: _schedule(optimizer, num_steps, training.warmup_fraction),
         config=deepspeed_config(training, sum(p.numel() for p in model.parameters())),
         dist_init_required=False,

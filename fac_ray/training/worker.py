@@ -20,7 +20,7 @@ import torch.distributed
 from jaxtyping import Float, Int
 
 from fac_ray.artifacts import Stage, read_table, write_json, write_table
-from fac_ray.config import ModelConfig, TrainingConfig
+from fac_ray.config import TrainingConfig
 from fac_ray.evaluation.metrics import average_precision
 from fac_ray.training.batches import encode, epoch_batches, pad, padding_id, scoring_batches
 from fac_ray.training.engine import prepare_process, start_engine
@@ -49,12 +49,10 @@ class Plan:
 
     folder: Path
     fits: tuple[Fit, ...]
-    model: ModelConfig
+    model: str
+    """Absolute folder or hub id."""
+    hub_options: dict[str, Any]
     training: TrainingConfig
-
-    @property
-    def model_path(self) -> str:
-        return self.training.model or self.model.path
 
     def rows(self, name: str) -> pa.Table:
         """An arm, or `heldout`."""
@@ -107,7 +105,7 @@ def _run_fit(plan: Plan, fit: Fit, arm: Encoded, heldout: Encoded, fill: int, de
 def _tokenizer(plan: Plan) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(plan.model_path, **_hub_options(plan))
+    return AutoTokenizer.from_pretrained(plan.model, **plan.hub_options)
 
 
 def _classifier(plan: Plan, seed: int, fill: int, device: torch.device) -> torch.nn.Module:
@@ -116,20 +114,15 @@ def _classifier(plan: Plan, seed: int, fill: int, device: torch.device) -> torch
 
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        plan.model_path,
+        plan.model,
         num_labels=1,
         dtype=getattr(torch, plan.training.dtype),
         attn_implementation="eager" if device.type == "cpu" else "sdpa",  # on a CPU the fused one is slower to train
-        **_hub_options(plan),
+        **plan.hub_options,
     )
     model.config.pad_token_id = fill
     _keep_scores_exact(model)
     return model
-
-
-def _hub_options(plan: Plan) -> dict[str, Any]:
-    revision = plan.model.revision if plan.training.model is None else None
-    return {"revision": revision or "main", "trust_remote_code": plan.model.trust_remote_code}
 
 
 def _keep_scores_exact(model: torch.nn.Module) -> None:
