@@ -63,15 +63,15 @@ class Extraction:
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self._extractor: FeatureExtractor | ConfigError
+        self._unusable = ""
         try:
             self._extractor = FeatureExtractor(ModelConfig(**model), SaeConfig(**sae), MeasureConfig(**measure))
         except ConfigError as error:  # raised from here it would make Ray start the actor again and again
-            self._extractor = error
+            self._unusable = str(error)
 
     def __call__(self, samples: pa.Table) -> pa.Table:
-        if isinstance(self._extractor, ConfigError):
-            raise self._extractor
+        if self._unusable:
+            raise ConfigError(self._unusable)
         return self._extractor.extract_table(samples)
 
 
@@ -111,8 +111,8 @@ def extract_activations(
     num_samples = sum(pq.read_metadata(path).num_rows for path in sources)
     output_folder = output_folder.resolve()
     before, started_s = committed_totals(output_folder), time.monotonic()
-    if before.num_samples != num_samples:
-        with _following(output_folder, progress), _own_errors():
+    if before.num_samples < num_samples:
+        with _following(output_folder, progress):
             _run(sources, output_folder, config, num_samples)
     totals, seconds = committed_totals(output_folder), time.monotonic() - started_s
     progress.set(totals.num_samples)
@@ -166,7 +166,7 @@ def _run(sources: list[Path], output_folder: Path, config: RunConfig, num_sample
     pool = plan_pool(config.measure.num_actors, most, ray.cluster_resources(), len(ray.nodes()), os.cpu_count() or 1)
     block_samples = math.ceil(num_samples / (pool.num_actors * BLOCKS_PER_ACTOR))
     block_samples = max(MIN_BLOCK_SAMPLES, min(MAX_BLOCK_SAMPLES, block_samples))
-    with _checkpointed(output_folder):
+    with _checkpointed(output_folder), _config_errors():
         samples = ray.data.read_parquet([str(path) for path in sources], columns=["sample_id", "text", "messages"])
         samples.repartition(target_num_rows_per_block=block_samples).map_batches(
             Extraction,
@@ -198,6 +198,7 @@ def _checkpointed(output_folder: Path) -> Iterator[None]:
     checkpoint.checkpoint_actor_pool_max_size = max(1, min(10, int(ray.cluster_resources()["CPU"] // 8)))
     context = ray.data.DataContext.get_current().copy()
     context.checkpoint_config = checkpoint
+    context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = WAIT_FOR_CAPACITY_S
     context.max_consecutive_actor_init_deaths = 3  # a machine may go away, or its memory
     with ray.data.DataContext.current(context), warnings.catch_warnings():
@@ -206,17 +207,14 @@ def _checkpointed(output_folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
+def _config_errors() -> Iterator[None]:
     """A ConfigError of an actor as itself, not as the failed task around it."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
+        if not isinstance(error.cause, ConfigError):
             raise
-        raise ConfigError(str(cause)) from error
+        raise ConfigError(str(error.cause)) from error
 
 
 @contextmanager

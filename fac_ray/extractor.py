@@ -166,7 +166,7 @@ class FeatureExtractor:
         columns = np.concatenate([window.pooled for window in batch])
         positions = np.concatenate([window.positions for window in batch])
         residual = self.backbone.residual(token_ids)[torch.from_numpy(rows), torch.from_numpy(columns)]
-        num_tokens = max(1, STRETCH_NUMBERS[self.backbone.device.type] // self.d_sae)
+        num_tokens = max(1, STRETCH_NUMBERS["cuda" if self.backbone.device.type == "cuda" else "cpu"] // self.d_sae)
         found = []
         for first in range(0, len(rows), num_tokens):
             stretch = slice(first, first + num_tokens)

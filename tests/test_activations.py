@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -151,7 +152,7 @@ def test_a_run_whose_driver_is_killed_goes_on_and_ends_with_the_same_rows(corpus
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    wait_for_end_of_session(driver.pid)
+    wait_for_workers(session=driver.pid)
     done = committed_totals(tmp_path).num_samples
     assert 0 < done < NUM_SAMPLES
     facts = extract_activations(root / "samples", tmp_path, config, Progress.silent())
@@ -159,45 +160,51 @@ def test_a_run_whose_driver_is_killed_goes_on_and_ends_with_the_same_rows(corpus
     assert_same_rows(by_sample(tmp_path), by_sample(measured[1]))
 
 
-def wait_for_end_of_session(leader: int) -> None:
-    """Ray's processes notice by themselves that their driver is gone; the test waits until they are."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and session_members(leader):
+def wait_for_workers(session: int) -> None:
+    """Ray's workers notice by themselves that their driver is gone, and may write until then."""
+    deadline = time.monotonic() + 120
+    while any(name.startswith("ray::") for name in members(session).values()):
+        assert time.monotonic() < deadline, "workers outlive their driver"
         time.sleep(0.2)
-    assert not session_members(leader)
+    for pid in members(session):
+        os.kill(pid, signal.SIGKILL)
 
 
-def session_members(leader: int) -> list[int]:
-    members = []
+def members(session: int) -> dict[int, str]:
+    """Process id and command of what runs in the session that the driver was started in."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == leader:
-                    members.append(int(entry.name))
-            except ProcessLookupError:
-                continue
-    return members
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                if os.getsid(int(entry.name)) == session:
+                    found[int(entry.name)] = (entry / "cmdline").read_text()
+    return found
 
 
-def test_a_part_that_may_not_be_whole_is_made_again_and_too_many_rows_are_an_error(corpus, measured, tmp_path):
-    """One part is put back to what an interruption leaves: ids pending, file cut. Another has been written twice."""
+def test_a_part_that_may_not_be_whole_is_made_again(corpus, measured, tmp_path):
+    """A part is put back to what an interruption leaves: its ids pending, its file cut."""
     config, root = corpus
     shutil.copytree(measured[1], tmp_path, dirs_exist_ok=True)
-    ids = sorted((tmp_path / stage.CHECKPOINT_FOLDER).glob("*.parquet"))
-    ids[0].rename(ids[0].with_name(ids[0].stem + stage.PENDING))
-    [part] = tmp_path.glob(ids[0].stem + "*")
+    [ids, *_] = sorted((tmp_path / stage.CHECKPOINT_FOLDER).glob("*.parquet"))
+    ids.rename(ids.with_name(ids.stem + stage.PENDING))
+    [part] = tmp_path.glob(ids.stem + "*")
     lost = pq.read_metadata(part).num_rows
     part.write_bytes(part.read_bytes()[:100])
     assert committed_totals(tmp_path).num_samples == NUM_SAMPLES - lost
-    [twice] = tmp_path.glob(ids[1].stem + "*")
-    shutil.copy(twice, twice.with_name("twice-0.parquet"))
-    shutil.copy(ids[1], ids[1].with_name("twice.parquet"))
-    too_many = NUM_SAMPLES + pq.read_metadata(twice).num_rows
-    with pytest.raises(RuntimeError, match=f"{too_many} rows .* {NUM_SAMPLES} samples"):
-        extract_activations(root / "samples", tmp_path, config, Progress.silent())
-    for copy in tmp_path.rglob("twice*"):
-        copy.unlink()
+    extract_activations(root / "samples", tmp_path, config, Progress.silent())
     assert_same_rows(by_sample(tmp_path), by_sample(measured[1]))
+
+
+def test_more_rows_than_samples_are_an_error_that_says_both(corpus, measured, tmp_path):
+    config, root = corpus
+    shutil.copytree(measured[1], tmp_path, dirs_exist_ok=True)
+    [part, *_] = parquet_files(tmp_path)
+    ids = tmp_path / stage.CHECKPOINT_FOLDER / f"{part.stem.rpartition('-')[0]}.parquet"
+    shutil.copy(part, part.with_name("twice-0.parquet"))
+    shutil.copy(ids, ids.with_name("twice.parquet"))
+    too_many = NUM_SAMPLES + pq.read_metadata(part).num_rows
+    with pytest.raises(RuntimeError, match=f"{too_many} rows .* {NUM_SAMPLES} samples; remove the folder"):
+        extract_activations(root / "samples", tmp_path, config, Progress.silent())
 
 
 @pytest.mark.usefixtures("ray_cluster")
