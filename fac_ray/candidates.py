@@ -7,7 +7,9 @@ reads its rows again comes to the same decisions.
 
 from __future__ import annotations
 
+import functools
 import json
+import string
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -246,12 +248,22 @@ def _fault(row: Row, card: TaskCard, copies: Collection[str]) -> str | None:
     faults = {
         "empty": num_words == 0,
         "refusal": _refuses(row["text"], card),
+        "echo of the prompt": any(phrase in normalised(row["text"]) for phrase in fixed_phrases(card)),
         "too short": num_words < card.min_words,
         "too long": num_words > card.max_words,
         "copy of an exemplar": text_key(row["text"]) in copies,
     }
     failed = row["reason"] if is_failure(row["reason"]) else None
     return failed or next((reason for reason, found in faults.items() if found), None)
+
+
+@functools.cache
+def fixed_phrases(card: TaskCard) -> frozenset[str]:
+    """What a card's templates say whatever fills them, line by line; one word alone says too little to be a phrase."""
+    templates = (card.targeted, card.contrast, card.untargeted)
+    literals = [literal for template in templates for literal, *_ in string.Formatter().parse(template)]
+    phrases = {normalised(line) for literal in literals for line in literal.splitlines()}
+    return frozenset(phrase for phrase in phrases if len(phrase.split(" ")) > 1)
 
 
 def is_failure(reason: str | None) -> bool:

@@ -79,6 +79,7 @@ class Generator:
             distributed_executor_backend="uni" if synthesis.tensor_parallel == 1 else "ray",
             gpu_memory_utilization=synthesis.gpu_memory_fraction,
             enforce_eager=on_cpu,  # no compiler is needed on a CPU; on a GPU CUDA graphs are worth their time
+            enable_chunked_prefill=not on_cpu,  # vLLM cannot rewind the random numbers of a half-read prompt on a CPU
             disable_log_stats=True,
         )
         self._tokenizer: Any = self._engine.get_tokenizer()

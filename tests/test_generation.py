@@ -78,6 +78,14 @@ def test_a_request_is_answered_by_its_seed_alone(ray_cluster, generator):
 
 
 @pytest.mark.engine
+def test_more_prompt_tokens_than_fit_into_one_step_are_served(ray_cluster, generator):
+    # 48 prompts of 97 tokens are more than the 4,096 that vLLM takes at once
+    generations = ray_cluster.get(generator.generate.remote([request("d" * 80, seed=i) for i in range(48)]))
+    assert {generation.error for generation in generations} == {None}
+    assert len({generation.text for generation in generations}) > 40
+
+
+@pytest.mark.engine
 def test_a_prompt_that_does_not_fit_is_an_error_of_its_own_row(ray_cluster, generator):
     generations = ray_cluster.get(generator.generate.remote(REQUESTS))
     # <s> + "user:" + 200 bytes + newline + "assistant:" = 1 + 5 + 200 + 1 + 10 tokens

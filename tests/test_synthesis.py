@@ -288,6 +288,8 @@ def row(text: str, activation: float | None, step: int = 2, reason: str | None =
         (row("a text of nothing here", 0.0), "feature inactive"),
         (row("", None), "empty"),
         (row("I Cannot help with THAT word0", 1.0), "refusal"),
+        (row("some word0 here.  More like: this", 1.0), "echo of the prompt"),
+        (row("more and more like word0", 1.0), None),
         (row("only three words", 1.0), "too short"),
         (row("word0 " * 91, 1.0), "too long"),
         (row("word0  span\n0 ", 1.0), "too short"),
