@@ -121,7 +121,7 @@ def extract_activations(
             f"{output_folder}: {totals.num_samples} rows were written for {num_samples} samples; "
             + ("run again to go on" if totals.num_samples < num_samples else "remove the folder and run again")
         )
-    return {**totals._asdict(), "tokens_per_s": round((totals.num_tokens - before.num_tokens) / seconds, 1)}
+    return {**totals._asdict(), "tokens_per_s": round((totals.num_tokens - before.num_tokens) / max(seconds, 1e-3), 1)}
 
 
 def plan_pool(
@@ -163,7 +163,8 @@ def committed_totals(output_folder: Path) -> Totals:
 
 def _run(sources: list[Path], output_folder: Path, config: RunConfig, num_samples: int) -> None:
     most = max(1, math.ceil(num_samples / MIN_BLOCK_SAMPLES))
-    pool = plan_pool(config.measure.num_actors, most, ray.cluster_resources(), len(ray.nodes()), os.cpu_count() or 1)
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    pool = plan_pool(config.measure.num_actors, most, ray.cluster_resources(), num_nodes, os.cpu_count() or 1)
     block_samples = math.ceil(num_samples / (pool.num_actors * BLOCKS_PER_ACTOR))
     block_samples = max(MIN_BLOCK_SAMPLES, min(MAX_BLOCK_SAMPLES, block_samples))
     with _checkpointed(output_folder), _config_errors():
@@ -200,6 +201,7 @@ def _checkpointed(output_folder: Path) -> Iterator[None]:
     context.checkpoint_config = checkpoint
     context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = WAIT_FOR_CAPACITY_S
+    context.use_datasource_v2 = False  # it starts actors that read footers, which costs more than our few parts do
     context.max_consecutive_actor_init_deaths = 3  # a machine may go away, or its memory
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*support checkpointing.*")

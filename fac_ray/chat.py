@@ -80,7 +80,8 @@ def tokenize(
     kept = slice(None, measure.max_tokens)
     pooled = _pooled(tokenizer, token_ids, characters, rendered, measure)[kept]
     if not pooled.any():
-        raise ValueError(f"none of its {len(token_ids)} tokens is pooled under tokens={measure.tokens!r}")
+        switch = measure.model_dump(include={"tokens"})["tokens"]
+        raise ValueError(f"none of its {len(token_ids)} tokens is pooled under measure.tokens {switch}")
     start, end = _in_text(characters, rendered)
     truncated = measure.max_tokens is not None and len(token_ids) > measure.max_tokens
     return TokenizedSample(token_ids[kept], pooled, start[kept], end[kept], truncated)
