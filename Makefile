@@ -15,7 +15,7 @@ test: check  ## everything that CI runs
 check: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy fac_ray jobs serve benchmarks
+	$(BIN)/mypy fac_ray jobs serve
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
