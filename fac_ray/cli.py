@@ -226,7 +226,8 @@ def reported(verbose: bool = False) -> Iterator[None]:
 def is_expected(error: BaseException) -> bool:
     """Whether an exception speaks of input, machine or cluster: ours, the system's and Ray's own."""
     from_ray = any(kind.__module__.split(".")[0] == "ray" for kind in type(error).__mro__)
-    return from_ray or isinstance(error, ValueError | RuntimeError | OSError)
+    bare = type(error) is Exception  # how Ray says that it could not start
+    return from_ray or bare or isinstance(error, ValueError | RuntimeError | OSError)
 
 
 def reason_of(error: BaseException) -> str:

@@ -6,24 +6,29 @@ module: Serve reads them to turn the config file's `args` into `AppArgs`.)
 """
 
 import asyncio
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from fac_ray.extractor import FeatureExtractor, SampleFeatures
 from fac_ray.scoring import load_finished_run, score_sample, score_together
 from serve.gate import Gate
 from serve.requests import Sample, ScoreRequest, TooLarge
 
+if TYPE_CHECKING:
+    from fac_ray.extractor import SampleFeatures
+
 BATCH_SAMPLES = 64
 """Samples that are measured together, of as many requests as it takes."""
 BATCH_WAIT_S = 0.02
+RETRY_AFTER_S = "1"
+"""What a client is told to wait when the queue is full."""
 
 
 class AppArgs(BaseModel):
@@ -41,8 +46,8 @@ class AppArgs(BaseModel):
 
 def build(args: AppArgs) -> serve.Application:
     """The application, for `import_path: serve.app:build`."""
-    full = {"status_code": 429, "retry_after_s": 1.0}
-    scorer = serve.deployment(max_ongoing_requests=32, max_queued_requests=64, backpressure_config=full)(Scorer)
+    refusal = {"status_code": 429, "retry_after_s": float(RETRY_AFTER_S)}
+    scorer = serve.deployment(max_ongoing_requests=32, max_queued_requests=64, backpressure_config=refusal)(Scorer)
     return serve.deployment(max_ongoing_requests=256)(Ingress).bind(args, scorer.bind(args.run))
 
 
@@ -55,6 +60,8 @@ class Scorer:
     """Holds the model and the sets of the finished run. Scale this one, and give it the GPU."""
 
     def __init__(self, run_folder: str) -> None:
+        from fac_ray.extractor import FeatureExtractor  # the ingress needs no torch
+
         self._run = load_finished_run(run_folder)
         config = self._run.config
         self._extractor = FeatureExtractor(config.model, config.sae, config.measure)
@@ -69,7 +76,7 @@ class Scorer:
         return {**self._run.identity, "gaps": self._run.gaps.slice(offset, limit).to_pylist()}
 
     @serve.batch(max_batch_size=BATCH_SAMPLES, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=num_samples)
-    async def _measure(self, requests: list[list[Sample]]) -> list[list[SampleFeatures]]:
+    async def _measure(self, requests: list[list[Sample]]) -> "list[list[SampleFeatures]]":
         flat = [sample for samples in requests for sample in samples]
         measured = iter(await asyncio.to_thread(self._extractor.extract, flat))
         return [[next(measured) for _ in samples] for samples in requests]
@@ -92,6 +99,14 @@ async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
+async def answered(response: Any) -> Any:
+    """The scorer's answer, or 429 if its queue is full: come back later, rather than wait in a line without end."""
+    try:
+        return await response
+    except BackPressureError as error:
+        raise HTTPException(error.status_code, "the queue is full", {"Retry-After": RETRY_AFTER_S}) from error
+
+
 @serve.ingress(app)
 class Ingress:
     """Checks requests and passes them on; holds no model."""
@@ -112,14 +127,14 @@ class Ingress:
             raise HTTPException(413, str(error)) from error
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        return await self._scorer.score.remote(samples)
+        return await answered(self._scorer.score.remote(samples))
 
     @app.get("/v1/gaps")
     async def gaps(
         self, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100
     ) -> dict[str, Any]:
         """The run's missing features, the most wanted first, with their exemplars."""
-        return await self._scorer.gaps.remote(offset, limit)
+        return await answered(self._scorer.gaps.remote(offset, limit))
 
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:

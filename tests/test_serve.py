@@ -149,6 +149,7 @@ def service(run_folder):
         config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
         config["http_options"]["port"] = port
         config["applications"][0]["args"] = {"run": str(run_folder), **LIMITS}
+        config["applications"].append(narrow(config["applications"][0]))
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         with (Path(folder) / "log").open("w+") as log:
@@ -158,6 +159,13 @@ def service(run_folder):
             finally:
                 process.terminate()
                 process.wait(60)
+
+
+def narrow(application: dict) -> dict:
+    """The same application under /narrow, with room for one request in work and one that waits."""
+    (ingress, scorer) = application["deployments"]
+    limits = {"max_ongoing_requests": 1, "max_queued_requests": 1}
+    return {**application, "name": "narrow", "route_prefix": "/narrow", "deployments": [ingress, {**scorer, **limits}]}
 
 
 def start_service(config: Path, folder: Path, log) -> subprocess.Popen:
@@ -264,6 +272,20 @@ def test_many_requests_at_once_each_get_their_own_answer(service):
     assert sizes == [[n + 1] * (1 + n % 3) for n in range(24)]
 
 
+def test_a_full_queue_answers_429_and_says_when_to_come_back(service):
+    async def send_all():
+        async with httpx.AsyncClient(base_url=service.url, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+            body = {"texts": ["I want to speak to a lawyer"] * 8}
+            return await asyncio.gather(*(client.post("/narrow/v1/score", json=body, timeout=60) for _ in range(24)))
+
+    answers = asyncio.run(send_all())
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"] == "1"
+            assert set(answer.json()) == {"error"}
+
+
 # ---- without a cluster ----
 
 
@@ -278,15 +300,6 @@ def test_a_body_is_refused_before_it_is_read_whole():
     assert (declared.status_code, list(declared.json())) == (413, ["error"])
     streamed = client.post("/", content=iter([b"x" * 6, b"x" * 6]))
     assert streamed.status_code == 413
-
-
-def test_a_full_queue_answers_429_and_says_when_to_come_back():
-    """The scorer in `build` refuses, rather than queues, what it cannot take."""
-    from serve.app import AppArgs, build
-
-    scorer = build(AppArgs(run="r"))._bound_deployment.init_args[1]._bound_deployment
-    assert scorer.max_queued_requests == 64
-    assert (scorer.backpressure_config.status_code, scorer.backpressure_config.retry_after_s) == (429, 1.0)
 
 
 def test_a_request_never_exceeds_a_batch():
