@@ -121,8 +121,14 @@ class Stage:
 
     def begin(self, keep_partial: bool = False) -> Path:
         """The folder, ready to write. What another fingerprint left is removed; with `keep_partial`, what an
-        interrupted attempt of this fingerprint left stays."""
+        interrupted attempt of this fingerprint left stays.
+
+        Raises:
+            FileExistsError: the folder holds files that no stage has written.
+        """
         started = self.folder / "_STARTED.json"
+        if not started.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise FileExistsError(f"{self.folder}: holds files that are not of a run; choose another run.folder")
         same = started.is_file() and json.loads(started.read_text())["fingerprint"] == self.identity
         if self.folder.exists() and not (keep_partial and same):
             shutil.rmtree(self.folder)

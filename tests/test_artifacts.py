@@ -33,6 +33,14 @@ def test_an_interrupted_stage_keeps_its_parts_where_asked(tmp_path):
     assert not (Stage(tmp_path / "s", "same").begin() / "part.txt").exists()
 
 
+def test_a_folder_of_other_files_is_never_removed(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "mine.csv").write_text("kept")
+    with pytest.raises(FileExistsError, match=r"choose another run\.folder"):
+        Stage(tmp_path / "samples", "a").begin()
+    assert (tmp_path / "samples" / "mine.csv").read_text() == "kept"
+
+
 def test_fingerprints_depend_on_every_part_and_not_on_its_order():
     assert fingerprint(a=1, b=[2]) == fingerprint(b=[2], a=1)
     assert fingerprint(a=1, b=[2]) != fingerprint(a=1, b=[3])
