@@ -171,16 +171,19 @@ class TrainingConfig(Section):
     """Training sets that are compared, all of the same size and label balance."""
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = Field(default=3, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    """Samples of one optimizer step, over all workers."""
-    learning_rate: float = Field(default=3e-4, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Samples of one optimizer step, over all workers; a multiple of `num_workers`."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Peak; right for millions of parameters, use about 1e-5 for billions."""
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps in which the learning rate rises; then it falls to 0."""
     weight_decay: float = Field(default=0.01, ge=0)
     max_tokens: int = Field(default=256, ge=8)
     num_workers: int = Field(default=1, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on a GPU and on a CPU with instructions for it, else float32. Optimizer states are float32."""
 
 
 class EvaluationConfig(Section):

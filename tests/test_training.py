@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from fac_ray.progress import Progress
 from fac_ray.training import train_arms
 from fac_ray.training.arms import ARM
 from fac_ray.training.batches import encode, epoch_batches, pad, scoring_batches
-from fac_ray.training.engine import deepspeed_config, learning_rate_factor
+from fac_ray.training.engine import deepspeed_config, learning_rate_factor, training_dtype
 
 KEYWORDS = ("refund", "parcel")
 FILLER = tuple(f"word{number}" for number in range(40))
@@ -81,6 +80,14 @@ def test_the_learning_rate_rises_and_falls_linearly():
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert np.diff(factors[2:]) == pytest.approx([-0.125] * 8)
     assert factors[10] == 0
+
+
+@pytest.mark.parametrize(("capable", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_bfloat16_where_the_cpu_has_it(monkeypatch, capable, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    assert training_dtype("auto", torch.device("cpu")) == expected
+    assert training_dtype("auto", torch.device("cuda")) == "bfloat16"
+    assert training_dtype("float32", torch.device("cuda")) == "float32"
 
 
 def test_a_batch_is_shared_by_the_workers():
@@ -174,24 +181,29 @@ def test_finished_fits_are_kept_and_only_the_others_run(undisturbed, model_folde
 
 
 def test_a_killed_worker_costs_nothing_but_time(undisturbed, model_folder, tmp_path):
-    killer = threading.Thread(target=kill_a_worker_after, args=(tmp_path / "seed-seed0" / MARKER,))
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_a_worker, args=(tmp_path, ended))
     killer.start()
-    train_arms(run_config(model_folder), arms(), heldout(150), tmp_path, Progress.silent())
-    killer.join()
+    try:
+        train_arms(run_config(model_folder), arms(), heldout(150), tmp_path, Progress.silent())
+    finally:
+        ended.set()
+        killer.join()
     assert (tmp_path / "killed").is_file()
     for name in ("seed-seed0", "targeted-seed0"):
         np.testing.assert_array_equal(scores_of(tmp_path / name), scores_of(undisturbed[0] / name))
 
 
-def kill_a_worker_after(marker: Path) -> None:
-    """Kill one training worker of this test's own Ray as soon as the first fit is finished."""
-    while not marker.is_file():
-        time.sleep(0.01)
+def kill_a_worker(folder: Path, ended: threading.Event) -> None:
+    """Kill one training worker of this test's own Ray after the first of two fits; leave a file that says so."""
+    first, second = (folder / name / MARKER for name in ("seed-seed0", "targeted-seed0"))
+    while not first.is_file():
+        if ended.wait(0.01):
+            return
     workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
-    finished = (marker.parent.parent / "targeted-seed0" / MARKER).is_file()
     max(workers, key=lambda process: process.pid).kill()
-    if not finished:
-        (marker.parent.parent / "killed").touch()
+    if not second.is_file():
+        (folder / "killed").touch()
 
 
 def scores_of(folder: Path) -> np.ndarray:
@@ -199,7 +211,7 @@ def scores_of(folder: Path) -> np.ndarray:
 
 
 def run_config(model: Path, **training) -> RunConfig:
-    settings = {"seeds": [0], "num_workers": 2, "epochs": 3, "learning_rate": 5e-3, "dtype": "bfloat16"}
+    settings = {"seeds": [0], "num_workers": 2, "epochs": 3, "learning_rate": 5e-3, "batch_size": 16}
     return config_from_tree(
         {
             "name": "keywords",

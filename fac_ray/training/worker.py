@@ -7,7 +7,7 @@ own, whose marker is written last. So workers that are killed start again and go
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from fac_ray.artifacts import Stage, read_table, write_json, write_table
 from fac_ray.config import TrainingConfig
 from fac_ray.evaluation.metrics import average_precision
 from fac_ray.training.batches import encode, epoch_batches, pad, padding_id, scoring_batches
-from fac_ray.training.engine import prepare_process, start_engine
+from fac_ray.training.engine import prepare_process, start_engine, training_dtype
 
 SCORING_BATCH = 64
 """Samples of one forward pass when the held-out corpus is scored."""
@@ -69,14 +69,20 @@ class Encoded(NamedTuple):
 
 def run_fits(loop_config: dict[str, Any]) -> None:
     """Ray Train's loop of one worker: every fit of `loop_config["plan"]` that is not finished; reports after each."""
-    plan: Plan = loop_config["plan"]
     device = prepare_process()
+    plan = _with_dtype(loop_config["plan"], device)
     tokenizer = _tokenizer(plan)
     heldout = _encoded(plan, "heldout", tokenizer)
     unfinished = [fit for fit in plan.fits if not fit.stage(plan.folder).finished]
     for fit in ray.train.collective.broadcast_from_rank_zero(unfinished):
         metrics = _run_fit(plan, fit, _encoded(plan, fit.arm, tokenizer), heldout, padding_id(tokenizer), device)
         ray.train.report({key: metrics[key] for key in ("arm", "seed", "auprc")})
+
+
+def _with_dtype(plan: Plan, device: torch.device) -> Plan:
+    """The plan with its dtype decided, the same for all workers."""
+    dtype = ray.train.collective.broadcast_from_rank_zero(training_dtype(plan.training.dtype, device))
+    return replace(plan, training=plan.training.model_copy(update={"dtype": dtype}))
 
 
 def _run_fit(plan: Plan, fit: Fit, arm: Encoded, heldout: Encoded, fill: int, device: torch.device) -> dict[str, Any]:
@@ -94,6 +100,7 @@ def _run_fit(plan: Plan, fit: Fit, arm: Encoded, heldout: Encoded, fill: int, de
         "num_positive": int(arm.labels.sum()),
         "num_heldout": len(heldout.labels),
         "num_steps": len(steps),
+        "dtype": plan.training.dtype,
         "loss": losses,
         "seconds": round(time.monotonic() - started_s, 3),
     }
