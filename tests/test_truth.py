@@ -23,9 +23,9 @@ CONCEPTS = {
 }
 
 ROWS = {
-    "s0": {3: 2.0},
+    "s0": {3: 2.0, 11: 1.0},
     "s1": {3: 1.5, 9: 1.0},
-    "s2": {7: 3.0},
+    "s2": {7: 3.0, 11: 1.0},
     "s3": {5: 1.0, 9: 1.0},
     "s4": {7: 1.0},
     "s5": {},
@@ -75,21 +75,19 @@ def _score(folder, gaps, withheld=("lie", "steal"), threshold=0.0, anchor=None):
     return score_truth(truth, folder / "samples", folder / "activations", gaps, threshold)
 
 
-def test_each_feature_stands_for_the_concept_it_tells_best(folders):
+def test_a_feature_stands_for_the_concept_of_most_samples_it_is_active_in(folders):
+    # feature 7 is active in s2 and s4, which both steal; feature 3 in s0 and s1, which both lie (and s1 chats)
     result = _score(folders, _gaps(7, 3))
-    assert result["features"] == {7: {"concept": "steal", "auc": 1.0}, 3: {"concept": "lie", "auc": 1.0}}
+    assert result["features"] == {7: {"concept": "steal", "purity": 1.0}, 3: {"concept": "lie", "purity": 1.0}}
     assert (result["precision"], result["recall"]) == (1.0, 1.0)
     assert result["found"] == ["lie", "steal"]
 
 
-def test_a_feature_below_the_minimum_auc_stands_for_nothing_and_costs_precision(folders):
-    result = _score(folders, _gaps(3, 9))
-    # feature 9 has value 1 in s1 and s3. chat = {s1, s3, s4, s5}: pairs (4 x 2) won 2 x 2, tied 2 x 2 -> (4 + 2) / 8
-    assert result["features"][9]["auc"] == 0.75
-    assert result["features"][9]["concept"] == "chat"
+def test_a_feature_without_a_majority_stands_for_nothing_and_costs_precision(folders):
+    # feature 11 is active in s0, which lies, and in s2, which steals: half is no majority
+    result = _score(folders, _gaps(3, 11))
+    assert result["features"][11] == {"concept": None, "purity": 0.5}
     assert (result["precision"], result["recall"]) == (0.5, 0.5)
-    # feature 5 fires in s3 alone. chat: pairs won 1 x 2, tied 3 x 2 -> (2 + 3) / 8 = 0.625
-    assert _score(folders, _gaps(5))["features"] == {5: {"concept": None, "auc": 0.625}}
 
 
 def test_only_withheld_concepts_count(folders):
@@ -98,8 +96,9 @@ def test_only_withheld_concepts_count(folders):
 
 
 def test_an_activation_that_is_not_active_counts_as_none(folders):
-    # at threshold 1.0, s4 (activation 1.0) no longer tells "steal": pairs (2 x 4) won 4, tied 4 -> 6 / 8
-    assert _score(folders, _gaps(7), threshold=1.0)["features"] == {7: {"concept": "steal", "auc": 0.75}}
+    # at threshold 1.0, feature 7 is left with s2, and feature 11 with nothing
+    result = _score(folders, _gaps(7, 11), threshold=1.0)
+    assert result["features"] == {7: {"concept": "steal", "purity": 1.0}, 11: {"concept": None, "purity": 0.0}}
 
 
 def test_without_missing_features_there_is_no_precision(folders):

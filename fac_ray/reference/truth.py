@@ -1,7 +1,8 @@
 """How well missing features name what is truly missing: truth and gaps in, precision and recall out.
 
-A feature stands for the concept whose presence its activation tells best, by ROC-AUC over the anchor's samples. This
-is a check of the method on data whose concepts are known; no stage but the report reads it.
+A feature stands for a concept if most of the anchor's samples in which it is active hold that concept. (Not by
+ROC-AUC: a feature may stand for one way of asking, be silent in the others, and so name its concept without ever being
+wrong at an AUC of 0.6.) This is a check on data whose concepts are known; no stage but the report reads it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from scipy.stats import rankdata
 from fac_ray.artifacts import read_table
 from fac_ray.coverage import is_active, sparse_rows
 
-MIN_AUC = 0.75
-"""Below this a feature stands for no concept: halfway between chance (0.5) and certainty (1)."""
+MIN_PURITY = 0.5
+"""A feature stands for a concept that more than this share of its active samples hold, else for none."""
 
 
 def score_truth(
@@ -29,8 +30,8 @@ def score_truth(
 
     `precision`: share of the missing features that stand for a withheld concept. `recall`: share of the withheld
     concepts that a missing feature stands for. Either is None where its denominator is 0. `features` tells for each
-    missing feature its best concept (None below `MIN_AUC`) and that concept's AUC; `found` lists the withheld concepts
-    that count for recall.
+    missing feature the concept it stands for, if any, and the purity: the largest share of its active samples that hold
+    one concept. `found` lists the withheld concepts that count for recall.
 
     Raises:
         ValueError: the truth knows none of the anchor's samples.
@@ -38,13 +39,13 @@ def score_truth(
     truth = json.loads(Path(truth_path).read_text(encoding="utf-8"))
     feature_ids = gaps["feature_id"].to_numpy()
     activations, present = _anchor(truth, samples_folder, activations_folder, feature_ids)
-    auc = concept_auc(np.where(is_active(activations, threshold), activations, 0), present)
+    purity = concept_purity(is_active(activations, threshold), present)
     features: dict[int, dict[str, Any]] = {}
     for column, feature_id in enumerate(feature_ids.tolist()):
-        best = int(auc[:, column].argmax())
-        known = auc[best, column] >= MIN_AUC
-        name = truth["concepts"][best] if known else None
-        features[feature_id] = {"concept": name, "auc": round(float(auc[best, column]), 4)}
+        best = int(purity[:, column].argmax())
+        share = float(purity[best, column])
+        name = truth["concepts"][best] if share > MIN_PURITY else None
+        features[feature_id] = {"concept": name, "purity": round(share, 4)}
     withheld = set(truth["withheld"])
     hits = [entry["concept"] for entry in features.values() if entry["concept"] in withheld]
     found = sorted(set(hits))
@@ -57,6 +58,15 @@ def score_truth(
         "found": found,
         "features": features,
     }
+
+
+def concept_purity(
+    active: Bool[np.ndarray, "samples features"], present: Bool[np.ndarray, "concepts samples"]
+) -> Float[np.ndarray, "concepts features"]:
+    """Share of a feature's active samples that hold a concept, in [0, 1]; 0 where it is active in none."""
+    together = present.astype(np.float64) @ active.astype(np.float64)
+    num_active = active.sum(axis=0)
+    return np.divide(together, num_active, out=np.zeros_like(together), where=num_active > 0)
 
 
 def concept_auc(
