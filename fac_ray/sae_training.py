@@ -79,6 +79,7 @@ def train_sae(backbone: Backbone, texts: Sequence[Text], folder: Path, recipe: S
             lr_warm_up_steps=num_steps // 20,
             lr_decay_steps=num_steps // 4,
             device=str(backbone.device),
+            autocast=True,  # matrix products in bfloat16, sums in float32
             dead_feature_window=recipe.dead_steps,
             n_batches_for_norm_estimate=8,
         ),

@@ -23,6 +23,10 @@ SAE = Path(__file__).parent / "sae"
 HOOK_LAYER = 3
 """Blocks of the language model before the residual stream that the SAE reads."""
 
+THRESHOLD = 35.0
+"""Activation above which a feature counts as active: about the strongest seventh of this SAE's activations. Its features
+answer weakly to shared words and strongly to a concept."""
+
 
 def default_config(folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of the default run, with `section.key=value` overrides laid over it.
@@ -39,8 +43,8 @@ def default_config(folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -
         "model": {"path": str(MODEL), "hook_layer": HOOK_LAYER},
         "sae": {"path": str(SAE)},
         "corpora": {**corpora, "background": {"path": str(world / "background.jsonl")}},
-        "measure": {"threshold": 1.0},
-        "synthesis": {"task": "customer-policy"},
+        "measure": {"threshold": THRESHOLD, "thresholds": [0, 10, 20, 25, 30, 35, 40, 45]},
+        "synthesis": {"task": "customer-policy", "samples_per_feature": 4},
         "evaluation": {"heldout": "heldout", "truth": str(world / "truth.json")},
         "run": {"folder": str(folder), "seed": seed},
     }

@@ -40,7 +40,7 @@ VOCABULARY_SIZE = 2048
 CONTEXT_TOKENS = 512
 BATCH_TOKENS = 4096
 NUM_STEPS = 1600
-RECIPE = SaeRecipe(d_sae=1024, k=16, num_tokens=6_000_000)
+RECIPE = SaeRecipe(d_sae=1024, k=3, num_tokens=2_000_000)
 NUM_SAE_MESSAGES = 40_000
 POOL_CHATS = 4096
 """Chats that are sorted by length together, so that a batch holds little padding."""
