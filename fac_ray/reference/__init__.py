@@ -24,8 +24,8 @@ HOOK_LAYER = 3
 """Blocks of the language model before the residual stream that the SAE reads."""
 
 THRESHOLD = 35.0
-"""Activation above which a feature counts as active: about the strongest seventh of this SAE's activations. Its features
-answer weakly to shared words and strongly to a concept."""
+"""Activation above which a feature counts as active: about the strongest seventh of this SAE's activations, because
+its features answer weakly to shared words and strongly to a concept."""
 
 
 def default_config(folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -> RunConfig:
