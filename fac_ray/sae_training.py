@@ -76,6 +76,7 @@ def train_sae(backbone: Backbone, texts: Sequence[Text], folder: Path, recipe: S
             train_batch_size_samples=recipe.batch_tokens,
             lr=recipe.learning_rate,
             lr_end=recipe.learning_rate,
+            adam_beta2=0.99,  # a short training: the mean of squares must follow within a hundred steps
             lr_warm_up_steps=num_steps // 20,
             lr_decay_steps=num_steps // 4,
             device=str(backbone.device),

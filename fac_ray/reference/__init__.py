@@ -23,7 +23,7 @@ SAE = Path(__file__).parent / "sae"
 HOOK_LAYER = 3
 """Blocks of the language model before the residual stream that the SAE reads."""
 
-THRESHOLD = 35.0
+THRESHOLD = 30.0
 """Activation above which a feature counts as active: about the strongest seventh of this SAE's activations, because
 its features answer weakly to shared words and strongly to a concept."""
 

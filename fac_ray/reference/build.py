@@ -8,6 +8,7 @@ messages. Fixed seeds and a fixed order of steps: the same machine and versions 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -40,7 +41,7 @@ VOCABULARY_SIZE = 2048
 CONTEXT_TOKENS = 512
 BATCH_TOKENS = 4096
 NUM_STEPS = 1600
-RECIPE = SaeRecipe(d_sae=1024, k=3, num_tokens=2_000_000)
+RECIPE = SaeRecipe(d_sae=1024, k=3, num_tokens=2_500_000, batch_tokens=2048, learning_rate=2e-3, dead_steps=60)
 NUM_SAE_MESSAGES = 40_000
 POOL_CHATS = 4096
 """Chats that are sorted by length together, so that a batch holds little padding."""
@@ -50,15 +51,21 @@ POOL_CHATS = 4096
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where model/, sae/ and the card go.")
 @click.option("--steps", default=NUM_STEPS, show_default=True, help="Optimizer steps of the language model.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
-def main(folder: Path, steps: int, threads: int) -> None:
+@click.option(
+    "--keep-model", is_flag=True, help="Train the SAE alone, on the model that is in the folder with its card."
+)
+def main(folder: Path, steps: int, threads: int, keep_model: bool) -> None:
     """Train the embedded language model and its SAE."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
-    tokenizer = train_tokenizer()
-    model, model_facts = train_language_model(tokenizer, steps)
-    model.config.use_cache = model.generation_config.use_cache = True
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    if keep_model:
+        model_facts = json.loads((folder / "card.json").read_text())["model"]
+    else:
+        tokenizer = train_tokenizer()
+        model, model_facts = train_language_model(tokenizer, steps)
+        model.config.use_cache = model.generation_config.use_cache = True
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
     started_s = time.monotonic()
     backbone = load_backbone(ModelConfig(path=str(folder / "model"), hook_layer=HOOK_LAYER))
     texts = [training_message(number, "sae").text for number in range(NUM_SAE_MESSAGES)]
