@@ -23,9 +23,9 @@ SAE = Path(__file__).parent / "sae"
 HOOK_LAYER = 3
 """Blocks of the language model before the residual stream that the SAE reads."""
 
-THRESHOLD = 30.0
-"""Activation above which a feature counts as active: about the strongest seventh of this SAE's activations, because
-its features answer weakly to shared words and strongly to a concept."""
+THRESHOLD = 40.0
+"""Activation above which a feature counts as active, chosen on the worlds of seeds 3 and 4: this SAE's features answer
+weakly to shared words and strongly to a concept."""
 
 
 def default_config(folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -> RunConfig:
