@@ -149,6 +149,7 @@ def _sae_settings(backbone: Backbone, recipe: SaeRecipe) -> dict[str, Any]:
         "k": recipe.k,
         "device": str(backbone.device),
         "normalize_activations": "expected_average_only_in",
+        "decoder_init_norm": 1.0,  # rows of 0.1, SAELens' default, turn by a third at each early step, and features die
         "metadata": SAEMetadata(
             model_name=Path(str(backbone.model.name_or_path)).name,
             hook_name=f"blocks.{settings.num_hidden_layers - 1}.hook_resid_post",
