@@ -23,8 +23,8 @@ SAE = Path(__file__).parent / "sae"
 HOOK_LAYER = 3
 """Blocks of the language model before the residual stream that the SAE reads."""
 
-THRESHOLD = 40.0
-"""Activation above which a feature counts as active, chosen on the worlds of seeds 3 and 4: this SAE's features answer
+THRESHOLD = 38.0
+"""Activation above which a feature counts as active, chosen on the worlds of seeds 3 to 6, where 34 to 44 do: this SAE's features answer
 weakly to shared words and strongly to a concept."""
 
 
@@ -45,6 +45,7 @@ def default_config(folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -
         "corpora": {**corpora, "background": {"path": str(world / "background.jsonl")}},
         "measure": {"threshold": THRESHOLD, "thresholds": [0, 10, 20, 25, 30, 35, 40, 45]},
         "synthesis": {"task": "customer-policy", "samples_per_feature": 4},
+        "training": {"epochs": 2},  # a third one only lowers a training loss that is near 0
         "evaluation": {"heldout": "heldout", "truth": str(world / "truth.json")},
         "run": {"folder": str(folder), "seed": seed},
     }
