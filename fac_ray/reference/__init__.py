@@ -24,8 +24,8 @@ HOOK_LAYER = 3
 """Blocks of the language model before the residual stream that the SAE reads."""
 
 THRESHOLD = 38.0
-"""Activation above which a feature counts as active, chosen on the worlds of seeds 3 to 6, where 34 to 44 do: this SAE's features answer
-weakly to shared words and strongly to a concept."""
+"""Activation above which a feature counts as active. Chosen on the worlds of seeds 3 to 6, where 34 to 44 do as well:
+this SAE's features answer weakly to shared words and strongly to a concept."""
 
 
 def default_config(folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -> RunConfig:
