@@ -1,7 +1,8 @@
 """The samples on which each feature is strongest: ACTIVATIONS rows come in, the top few per feature go out, with spans.
 
 `TopExemplars` is a commutative monoid like the counts: the strongest k of a merge are the strongest k of all rows,
-whatever the parts. Equal activations are ordered by sample_id, so the result does not depend on the order of rows.
+whatever the parts. Activations that agree to the eight bits of a bfloat16 are equals here and are ordered by sample_id:
+the result depends neither on the order of rows nor on the last bits, which a matrix product of another size may change.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WORD = re.compile(r"\S{1,40}")  # a run without spaces is cut into pieces, so th
 @dataclass(frozen=True)
 class TopExemplars:
     """The `num_kept` strongest (activation, sample, peak token) of each feature; `rows` is a PEAKS table, sorted by
-    feature_id ascending, activation descending, sample_id ascending."""
+    feature_id ascending, activation rounded to bfloat16 descending, sample_id ascending."""
 
     num_kept: int
     rows: pa.Table
@@ -138,7 +139,7 @@ def _strongest(
     sample_ids_at: Callable[[Int[np.ndarray, " some"]], pa.ChunkedArray],
     num_kept: int,
 ) -> Int[np.ndarray, " kept"]:
-    """Where the first `num_kept` pairs of each feature stand, by activation descending, then sample_id ascending.
+    """Where the first `num_kept` pairs of each feature stand: rounded activation descending, then sample_id ascending.
 
     Only pairs with an equal need their sample_id, and strings are slow to sort, so they are looked up for these alone.
     """
@@ -164,12 +165,13 @@ def _ranks(texts: pa.ChunkedArray) -> Int[np.ndarray, " texts"]:
 def _sort_key(
     feature_ids: Int[np.ndarray, " pairs"], activations: Float[np.ndarray, " pairs"]
 ) -> UInt64[np.ndarray, " pairs"]:
-    """One integer that sorts by feature ascending, then activation descending.
+    """One integer that sorts by feature ascending, then by activation, rounded to the nearest bfloat16, descending.
 
-    The bits of floats that are not negative are ordered as the floats are.
+    The bits of floats that are not negative are ordered as the floats are; the upper half of them is the bfloat16.
     """
     bits = (np.maximum(activations, np.float32(0)) + np.float32(0)).view(np.uint32).astype(np.uint64)
-    return (feature_ids.astype(np.uint64) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - bits)
+    rounded = (bits + np.uint64(0x8000)) >> np.uint64(16)
+    return (feature_ids.astype(np.uint64) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - rounded)
 
 
 def _rank_in_group(sorted_ids: Int[np.ndarray, " pairs"]) -> Int[np.ndarray, " pairs"]:

@@ -69,6 +69,12 @@ def test_equal_activations_go_to_the_smaller_sample_id():
     assert listed(top_of([("b", {1: 1.0}), ("c", {1: 2.0}), ("a", {1: 1.0})])) == [(1, 2.0, "c"), (1, 1.0, "a")]
 
 
+def test_activations_that_differ_in_their_last_bits_are_equals():
+    # a bfloat16 has 8 significant bits: near 1 its neighbours are 1/128 apart, and 1 + 1/300 is nearer to 1
+    assert listed(top_of([("b", {1: 1 + 1 / 300}), ("a", {1: 1.0})], num_kept=1)) == [(1, 1.0, "a")]
+    assert listed(top_of([("b", {1: 1 + 1 / 200}), ("a", {1: 1.0})], num_kept=1)) == [(1, pytest.approx(1.005), "b")]
+
+
 def test_peaks_stay_with_their_pairs_and_survive_bytes():
     top = TopExemplars.from_bytes(2, top_of([("a", {0: 1.0, 3: 2.0}), ("b", {3: 3.0})]).to_bytes())
     assert top.rows.to_pylist()[1:] == [
