@@ -28,6 +28,9 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)
 """Characters without a meaning, one for each message of a chat: no template treats them specially."""
 PLACEHOLDER = re.compile(rf"(([{chr(PRIVATE_USE[0])}-{chr(PRIVATE_USE[-1])}])\2*)")
 
+ROLES_SHOWN = 200
+"""Characters of the roles in an error: a chat may have any number of them."""
+
 
 class Rendered(NamedTuple):
     """The string that is tokenized, and where the C contents that are not empty lie in it and in the sample's text."""
@@ -174,5 +177,6 @@ def _apply_template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
             chat, tokenize=False, date_string=TEMPLATE_DATE, strftime_now=TEMPLATE_DAY.strftime
         )
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
+        roles = str([message["role"] for message in messages])
+        raise ValueError(f"the chat template refuses the roles {roles[:ROLES_SHOWN]}: {error}") from error
     return str(rendered)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+from pathlib import Path
+
 import pytest
 from chat_templates import TEMPLATES, chat_tokenizer
 
 from fac_ray.chat import TEMPLATE_DATE, tokenize
-from fac_ray.config import MeasureConfig
+from fac_ray.config import PRESETS, MeasureConfig
 from fac_ray.rendering import render
 from fac_ray.samples import join_contents
 from fac_ray.schema import Message
@@ -253,3 +256,23 @@ def test_a_content_that_the_template_writes_twice_is_pooled_twice():
     assert tokenizer.convert_ids_to_tokens(sample.token_ids) == ["moon", ",", "\u0120moon"]
     assert sample.pooled.tolist() == [True, False, True]
     assert list(zip(sample.start, sample.end, strict=True)) == [(0, 4), (0, 0), (0, 4)]
+
+
+# ---- the presets ----
+
+PRESETS_PAGE = Path(__file__).parents[1] / "docs" / "presets.md"
+WRITTEN = {"none: windows": None, "{skip: 31}": {"skip": 31}, "true": True, "false": False, "512": 512}
+
+
+def documented_presets():
+    """The table of docs/presets.md that begins with `| switch |`: preset -> switch -> value."""
+    lines = [line for line in PRESETS_PAGE.read_text().splitlines() if line.startswith("|")]
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("| switch")) :]
+    cells = [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in table]
+    names = [name.split()[0] for name in cells[0][1:]]
+    rows = list(takewhile(lambda row: len(row) == len(names) + 1, cells[2:]))
+    return {name: {row[0]: WRITTEN.get(row[i], row[i]) for row in rows} for i, name in enumerate(names, start=1)}
+
+
+def test_the_documented_presets_are_the_presets():
+    assert documented_presets() == PRESETS
