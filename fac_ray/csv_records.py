@@ -1,4 +1,4 @@
-"""The records of a CSV file, whatever its quotes: lines come in, the fields of records or what is wrong with one go out."""
+"""The records of a CSV file, whatever its quotes: text comes in, fields of records or what is wrong with one go out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from fac_ray.sources import UNREADABLE
 
 
 def csv_records(text: io.TextIOWrapper, max_characters: int) -> Iterator[list[str] | str]:
-    """The header and the records of a CSV file, or what is wrong with one. After one that is malformed or not as wide as the header, reading goes
-    on at the line behind its first line, for a quote that is not closed takes in the rows below it.
+    """The header and the records of a CSV file, or what is wrong with one.
+
+    After a record that is malformed or not as wide as the header, reading goes on at the line behind its first line,
+    for a quote that is not closed takes in the rows below it.
 
     Raises:
         One of `UNREADABLE`: the file breaks off.

@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
