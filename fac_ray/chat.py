@@ -1,29 +1,26 @@
 """From a text or chat to token ids, the tokens that are pooled, and the characters that each token stands for.
 
-A plain text is a chat of one user message if the tokenizer has a chat template, and raw text otherwise. Which tokens
-lie inside message contents is found by characters in the rendered chat, so it holds for any template: the same roles
-are rendered once with placeholders for contents, which tells what the template writes from what the messages say.
+Which tokens lie inside message contents is found by characters in the rendered chat (`rendering`), so it holds for any
+chat template. Contents are text: a control token that is spelled out in one is read as the characters of its spelling.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool, Int
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fac_ray.config import MeasureConfig, TokenSkip
+from fac_ray.rendering import PRIVATE_USE, TEMPLATE_DATE, Rendered, render, spans_array
 from fac_ray.schema import Message
 
-TEMPLATE_DATE = "26 Jul 2024"
-"""Some templates write today's date; a measurement must not depend on the day, so they are all told this one."""
-
-PLACEHOLDER = "\ue000{}\ue001"
-"""Private-use characters around a number: no template treats them specially."""
+__all__ = ["TEMPLATE_DATE", "TokenizedSample", "Window", "render", "tokenize", "windows"]
 
 
 class TokenizedSample(NamedTuple):
@@ -49,16 +46,6 @@ class Window(NamedTuple):
     """The same tokens' positions in the sample."""
 
 
-class Rendered(NamedTuple):
-    """The string that is tokenized, and where the C contents that are not empty lie in it and in the sample's text."""
-
-    string: str
-    inside: Int[np.ndarray, "C 2"]
-    """First character and character after the last, in `string`."""
-    outside: Int[np.ndarray, "C 2"]
-    """The same characters in the sample's text."""
-
-
 def tokenize(
     tokenizer: PreTrainedTokenizerFast, text: str, messages: Sequence[Message] | None, measure: MeasureConfig
 ) -> TokenizedSample:
@@ -68,15 +55,10 @@ def tokenize(
         ValueError: the sample is empty, the template refuses it, or no token of it would be pooled.
     """
     rendered = render(tokenizer, text, messages)
-    encoding = tokenizer(
-        rendered.string,
-        add_special_tokens=bool(measure.double_bos) or not _has_bos(tokenizer, rendered),
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    token_ids = np.asarray(encoding["input_ids"], dtype=np.int64)
-    characters = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    add_special_tokens = bool(measure.double_bos) or not _has_bos(tokenizer, rendered)
+    token_ids, characters = _encode(tokenizer, rendered.string, add_special_tokens)
+    if not measure.double_bos and _control_in_content(tokenizer, token_ids, characters, rendered).any():
+        rendered, token_ids, characters = _encode_as_text(tokenizer, rendered, add_special_tokens)
     kept = slice(None, measure.max_tokens)
     pooled = _pooled(tokenizer, token_ids, characters, rendered, measure)[kept]
     if not pooled.any():
@@ -108,104 +90,102 @@ def windows(sample: TokenizedSample, window_tokens: int, bos_token_id: int | Non
     return found
 
 
-def render(tokenizer: PreTrainedTokenizerFast, text: str, messages: Sequence[Message] | None) -> Rendered:
-    """The string that the model reads for a sample, and where the sample's contents lie in it.
-
-    Raises:
-        ValueError: the sample is empty, a message is not {role, content}, the template refuses the chat, or a content
-            cannot be found in what the template made of it or in `text`.
-    """
-    if not text or not text.strip():
-        raise ValueError("the text is empty")
-    text.encode()  # UnicodeEncodeError, a ValueError, where a character is half of a surrogate pair
-    if not tokenizer.chat_template:
-        whole = np.asarray([[0, len(text)]])
-        return Rendered(text, whole, whole)
-    if messages is None:
-        messages = [{"role": "user", "content": text}]
-    if not messages:
-        raise ValueError("the chat has no message")
-    contents = [_content(message) for message in messages]
-    string = _apply_template(tokenizer, messages)
-    parts = _template_parts(tokenizer, tuple(message["role"] for message in messages))
-    inside = _between(string, contents, parts) or _search(string, contents, "what the chat template made of it")
-    outside = _search(text, [content[form] for content, (_, form) in zip(contents, inside, strict=True)], "its text")
-    lengths = [len(range(*form.indices(len(content)))) for content, (_, form) in zip(contents, inside, strict=True)]
-    return Rendered(string, _spans(inside, lengths), _spans(outside, lengths))
-
-
-def _spans(found: list[tuple[int, slice]], lengths: list[int]) -> Int[np.ndarray, "C 2"]:
-    spans = [(at, at + length) for (at, _), length in zip(found, lengths, strict=True) if length]
-    return np.asarray(spans, dtype=np.int64).reshape(-1, 2)
-
-
-def _content(message: Message) -> str:
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError("a message needs a role and a content that are both strings")
-    return content
-
-
 def _has_bos(tokenizer: PreTrainedTokenizerFast, rendered: Rendered) -> bool:
     """Whether the template wrote the BOS that the tokenizer would add; one that a content starts with is not it."""
     written = rendered.string[: rendered.inside[0, 0]] if len(rendered.inside) else rendered.string
     return bool(tokenizer.bos_token) and written.startswith(tokenizer.bos_token)
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> str:
-    try:
-        chat = [{"role": message["role"], "content": message["content"]} for message in messages]
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, date_string=TEMPLATE_DATE))
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
+# ---- token ids ----
 
 
-@lru_cache(maxsize=256)
-def _template_parts(tokenizer: PreTrainedTokenizerFast, roles: tuple[str, ...]) -> tuple[str, ...] | None:
-    """What the template writes before, between and after contents of these roles; None if it does not keep them all."""
-    placeholders = [PLACEHOLDER.format(j) for j in range(len(roles))]
-    rest = _apply_template(tokenizer, [{"role": r, "content": p} for r, p in zip(roles, placeholders, strict=True)])
-    parts = []
-    for placeholder in placeholders:
-        part, found, rest = rest.partition(placeholder)
-        if not found:
-            return None
-        parts.append(part)
-    return (*parts, rest)
+class TextReader(NamedTuple):
+    """A tokenizer to which the control tokens' spellings are text; it knows them by private names instead."""
+
+    backend: Tokenizer
+    names: dict[str, str]
+    """Private name of each control token, by its spelling."""
+    token_ids: Int[np.ndarray, " V"]
+    """The tokenizer's own id for each of the backend's."""
 
 
-def _between(string: str, contents: list[str], parts: tuple[str, ...] | None) -> list[tuple[int, slice]] | None:
-    """For each content (where it starts, which part of it is there), if the string is exactly the parts with the
-    contents, whole or stripped, between them; else None."""
-    if parts is None or not string.startswith(parts[0]):
-        return None
-    at, found = len(parts[0]), []
-    for content, part in zip(contents, parts[1:], strict=True):
-        form = next((form for form in _forms(content) if string.startswith(content[form] + part, at)), None)
-        if form is None:
-            return None
-        found.append((at, form))
-        at += len(content[form]) + len(part)
-    return found if at == len(string) else None
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, string: str, add_special_tokens: bool
+) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, "T 2"]]:
+    """Token ids, and the first character and the character after the last that each stands for."""
+    encoding = tokenizer(
+        string,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    token_ids = np.asarray(encoding["input_ids"], dtype=np.int64)
+    return token_ids, np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
 
 
-def _search(string: str, contents: list[str], where: str) -> list[tuple[int, slice]]:
-    """As `_between`, by looking for one content after the other; for templates that change what is around contents."""
-    at, found = 0, []
-    for j, content in enumerate(contents):
-        places = ((string.find(content[form], at), form) for form in _forms(content))
-        place = next(((start, form) for start, form in places if start >= 0), None)
-        if place is None:
-            raise ValueError(f"the content of message {j} is not found in {where}")
-        found.append(place)
-        at = place[0] + len(content[place[1]])
-    return found
+def _encode_as_text(
+    tokenizer: PreTrainedTokenizerFast, rendered: Rendered, add_special_tokens: bool
+) -> tuple[Rendered, Int[np.ndarray, " T"], Int[np.ndarray, "T 2"]]:
+    """As `_encode`, with control tokens only where the template writes them; the rendered chat is the one encoded."""
+    unused = next(chr(code) for code in PRIVATE_USE if chr(code) not in rendered.string)
+    reader = _text_reader(tokenizer, unused)
+    rendered = _renamed(rendered, reader.names)
+    encoding = reader.backend.encode(rendered.string, add_special_tokens=add_special_tokens)
+    characters = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    return rendered, reader.token_ids[np.asarray(encoding.ids, dtype=np.int64)], characters
 
 
-def _forms(content: str) -> list[slice]:
-    """Parts of a content that a template may keep: all of it, or without the blanks at its ends."""
-    first, last = len(content) - len(content.lstrip()), len(content.rstrip())
-    return [slice(0, len(content)), slice(min(first, last), last), slice(0, last), slice(first, len(content))]
+@lru_cache(maxsize=4)
+def _text_reader(tokenizer: PreTrainedTokenizerFast, mark: str) -> TextReader:
+    """`mark` is a character that the strings to be read do not hold."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    size = max(backend.get_vocab().values()) + 1
+    control = [(i, token) for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    names = [f"{mark}{i}{mark}" for i, _ in control]
+    backend.add_tokens(
+        [
+            AddedToken(name, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
+            for name, (_, token) in zip(names, control, strict=True)
+        ]
+    )
+    token_ids = np.arange(size + len(control))
+    token_ids[np.asarray([backend.token_to_id(name) for name in names], dtype=np.int64)] = [i for i, _ in control]
+    return TextReader(backend, {token.content: n for n, (_, token) in zip(names, control, strict=True)}, token_ids)
+
+
+def _renamed(rendered: Rendered, names: dict[str, str]) -> Rendered:
+    """The rendered chat with the private names of the control tokens that the template wrote."""
+    control = re.compile("|".join(re.escape(spelling) for spelling in sorted(names, key=len, reverse=True)))
+    pieces, inside, length, done = [], [], 0, 0
+    for first, last in rendered.inside.tolist():
+        part = control.sub(lambda match: names[match[0]], rendered.string[done:first])
+        start = length + len(part)
+        length, done = start + last - first, last
+        inside.append((start, length))
+        pieces += [part, rendered.string[first:last]]
+    pieces.append(control.sub(lambda match: names[match[0]], rendered.string[done:]))
+    return Rendered("".join(pieces), spans_array(inside), rendered.outside)
+
+
+@lru_cache(maxsize=16)
+def _control_ids(tokenizer: PreTrainedTokenizerFast) -> Int[np.ndarray, " n"]:
+    """Ids of all control tokens: those that the tokenizer names (BOS, EOS, ...) and those it only marks as special."""
+    marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return np.unique(np.asarray([*marked, *tokenizer.all_special_ids], dtype=np.int64))
+
+
+def _control_in_content(
+    tokenizer: PreTrainedTokenizerFast,
+    token_ids: Int[np.ndarray, " T"],
+    characters: Int[np.ndarray, "T 2"],
+    rendered: Rendered,
+) -> Bool[np.ndarray, " T"]:
+    first, _ = _overlapped(characters, rendered.inside)
+    return (first >= 0) & np.isin(token_ids, _control_ids(tokenizer))
 
 
 # ---- which tokens, and which characters ----
@@ -225,7 +205,7 @@ def _pooled(
     first, _ = _overlapped(characters, rendered.inside)
     if measure.tokens == "after_prefix":
         return np.logical_or.accumulate(first >= 0)
-    return (first >= 0) & ~np.isin(token_ids, tokenizer.all_special_ids)
+    return (first >= 0) & ~np.isin(token_ids, _control_ids(tokenizer))
 
 
 def _in_text(
@@ -236,6 +216,7 @@ def _in_text(
     if not len(inside):
         return np.zeros(len(characters), dtype=np.int32), np.zeros(len(characters), dtype=np.int32)
     first, last = _overlapped(characters, inside)
+    last = np.where(outside[last, 0] < outside[first, 0], first, last)  # a template may put a later message first
     shift = outside[:, 0] - inside[:, 0]
     start = np.maximum(characters[:, 0], inside[first, 0]) + shift[first]
     end = np.minimum(characters[:, 1], inside[last, 1]) + shift[last]

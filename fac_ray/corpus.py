@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["ingest_corpus", "plan_shards", "source_fingerprint"]
 
 PART_ROWS = 2000
-"""Rows of a file that go into one part: at most so many samples, and the rest of them rejected."""
+"""Rows that go into one part: at most so many samples, and the rest of them rejected."""
+PART_CHARACTERS = 1 << 26
+"""Characters of the samples of one part, but for its last: what a task holds in memory, and an Arrow column can."""
 SHARD_BYTES = 128 << 20
 """What one task reads: pieces of larger jsonl, text and parquet files, several of the smaller files."""
 
@@ -123,12 +125,13 @@ def _ingest_shard(batch: pa.Table, corpus: CorpusConfig, samples: Path, rejected
     num_samples = num_rejected = part = 0
     reasons: Counter[str] = Counter()
     contents = bytearray()
-    while stretch := list(islice(rows, PART_ROWS)):
-        good, bad = _sort_rows(stretch, corpus)
+    while True:
+        good, bad = _sort_rows(rows, corpus)
+        if not len(good) + len(bad):
+            break
         for folder, table in ((samples, good), (rejected, bad)):
             if len(table):
                 write_table(folder / _part_name(shard, part), table)
-        assert len(good) + len(bad) == len(stretch)
         num_samples, num_rejected, part = num_samples + len(good), num_rejected + len(bad), part + 1
         reasons.update(reason.partition(":")[0] for reason in bad["reason"].to_pylist())
         contents += b"".join(bytes.fromhex(content[:16]) for content in good["content_id"].to_pylist())
@@ -148,14 +151,17 @@ def _read_pieces(pieces: Iterable[Piece], columns: list[str]) -> Iterator[tuple[
             yield piece.source.name, source_row, value
 
 
-def _sort_rows(rows: list[tuple[str, int, Any]], corpus: CorpusConfig) -> tuple[pa.Table, pa.Table]:
-    """SAMPLES and REJECTED: every row is in one of them."""
-    good, bad = [], []
-    for source_file, source_row, value in rows:
+def _sort_rows(rows: Iterator[tuple[str, int, Any]], corpus: CorpusConfig) -> tuple[pa.Table, pa.Table]:
+    """SAMPLES and REJECTED of one part: every row that is taken from `rows` is in one of them."""
+    good, bad, room_characters = [], [], PART_CHARACTERS
+    for source_file, source_row, value in islice(rows, PART_ROWS):
         try:
             good.append(read_sample(value, corpus, source_file, source_row))
+            room_characters -= len(good[-1]["text"])
         except BadRow as reason:
             bad.append({"source_file": source_file, "source_row": source_row, "reason": str(reason)})
+        if room_characters < 0:
+            break
     return pa.Table.from_pylist(good, SAMPLES), pa.Table.from_pylist(bad, REJECTED)
 
 

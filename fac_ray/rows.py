@@ -7,20 +7,19 @@ jsonl, csv, parquet, plain text and JSON arrays; gzip of all but parquet. A row 
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import io
 import json
 import re
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fac_ray.sources import Piece, Source, open_source
+from fac_ray.csv_records import csv_records
+from fac_ray.sources import UNREADABLE, Piece, Source, open_source
 
 MAX_ROW_BYTES = 16 << 20
 BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
@@ -40,15 +39,22 @@ def read_rows(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, Any]]
     try:
         for row, value in READERS[piece.source.format](piece, columns):
             yield row, value
-    except (EOFError, zlib.error, OSError, pa.ArrowInvalid) as error:
-        if getattr(error, "errno", None) is not None:  # the disk or the network, not the content
-            raise
-        yield row + 1, BadRow(f"unreadable file: {str(error).splitlines()[0]}; nothing from this row on was read")
+    except UNREADABLE as error:
+        yield row + 1, BadRow(f"{_unreadable(error)}; nothing from this row on was read")
+
+
+def _unreadable(error: Exception) -> str:
+    """The reason for a rejected row; an error of the disk or the network, not of the content, is raised again."""
+    if getattr(error, "errno", None) is not None:
+        raise error
+    return f"unreadable file: {str(error).partition(chr(10))[0]}"
 
 
 def _open_bytes(source: Source) -> io.BufferedReader | gzip.GzipFile:
     raw = open_source(source)
     if source.name.endswith(".gz"):
+        if source.size_bytes == 0:  # gzip would take it for the end of the last member
+            raise EOFError("a gzip file of no bytes")
         return gzip.GzipFile(fileobj=raw)
     return io.BufferedReader(raw, 1 << 20)
 
@@ -153,73 +159,58 @@ def _read_on(chunks: Iterator[str], num_waiting: int) -> str:
     return "".join(read)
 
 
-def _read_csv(piece: Piece, _columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
+def _read_csv(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """Rows under a header line. Quotes that do not close cost the line they stand on, not the lines after it."""
-    csv.field_size_limit(MAX_ROW_BYTES)
     with _open_bytes(piece.source) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        records = _csv_records(text)
+        records = csv_records(text, MAX_ROW_BYTES)
         header = next(records, None)
-        if isinstance(header, BadRow):
-            yield 0, BadRow(f"{header}; this is the header, so nothing after it was read")
-        elif header is not None:
-            for row, fields in enumerate(records):
-                yield row, _csv_row(header, fields)
-
-
-def _csv_row(header: list[str], fields: list[str] | BadRow) -> dict[str, str] | BadRow:
-    if isinstance(fields, BadRow):
-        return fields
-    if not fields:
-        return BadRow("blank line")
-    if len(fields) != len(header):
-        return BadRow(f"wrong number of fields: {len(fields)}, but the header has {len(header)}")
-    return dict(zip(header, fields, strict=True))
-
-
-def _csv_records(text: io.TextIOWrapper) -> Iterator[list[str] | BadRow]:
-    """The records of a CSV file. After a malformed one, reading goes on at the line behind its first line."""
-    waiting: deque[str] = deque()
-    used: list[str] = []
-
-    def feed() -> Iterator[str]:
-        while line := waiting.popleft() if waiting else text.readline():
-            used.append(line)
-            yield line
-
-    reader = csv.reader(feed(), strict=True)
-    while True:
-        used.clear()
-        try:
-            yield next(reader)
-        except StopIteration:
+        if header is None:
             return
-        except csv.Error as error:
-            yield BadRow(f"not CSV: {error}")
-            waiting.extendleft(reversed(used[1:]))
-            reader = csv.reader(feed(), strict=True)
+        if isinstance(header, str):
+            yield 0, BadRow(f"{header}; this is the header, so nothing after it was read")
+        elif twice := [name for name in columns if header.count(name) > 1]:
+            yield 0, BadRow(f"column named twice: {twice[0]!r}; this is the header, so nothing after it was read")
+        else:
+            for row, fields in enumerate(records):
+                yield row, BadRow(fields) if isinstance(fields, str) else dict(zip(header, fields, strict=True))
 
 
 def _read_parquet(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     with open_source(piece.source) as stream, pq.ParquetFile(stream) as file:
-        names = file.schema_arrow.names
         row = piece.first_row
         for group in range(piece.start, file.num_row_groups if piece.stop is None else piece.stop):
-            if columns[0] in names:
-                needed = [name for name in columns if name in names]
-                for batch in file.iter_batches(256, row_groups=[group], columns=needed):
-                    yield from enumerate(_values(batch), start=row)
-                    row += len(batch)
-            else:
-                for _ in range(file.metadata.row_group(group).num_rows):
-                    yield row, dict.fromkeys(names)
-                    row += 1
+            num_rows = file.metadata.row_group(group).num_rows
+            yield from enumerate(_group_values(file, group, num_rows, columns), start=row)
+            row += num_rows
+
+
+def _group_values(file: pq.ParquetFile, group: int, num_rows: int, columns: Sequence[str]) -> Iterator[Any]:
+    """A value for each row of a row group; where it breaks off, a `BadRow` for each of the rest."""
+    names = file.schema_arrow.names
+    needed = [name for name in columns if name in names]
+    if columns[0] not in names:
+        yield from repeat(dict.fromkeys(names), num_rows)
+        return
+    if twice := [name for name in needed if names.count(name) > 1]:
+        yield from repeat(BadRow(f"column named twice: {twice[0]!r}"), num_rows)
+        return
+    num_read, failure = 0, "it holds fewer rows than its metadata says"
+    try:
+        for batch in file.iter_batches(256, row_groups=[group], columns=needed):
+            num_read += len(batch)
+            yield from _values(batch)
+    except UNREADABLE as error:
+        failure = _unreadable(error)
+    yield from repeat(
+        BadRow(f"{failure}; nothing from this row on to the end of its row group was read"), num_rows - num_read
+    )
 
 
 def _values(batch: pa.RecordBatch) -> list[Any]:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:  # Parquet does not check its strings: then cell by cell
+    except (ValueError, OverflowError):  # Parquet does not check its strings; no type of Python holds every time
         columns = [[_cell(value) for value in column] for column in batch.columns]
         return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -229,6 +220,8 @@ def _cell(value: pa.Scalar) -> Any:
         return value.as_py()
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8: {error.reason} at byte {error.start}")
+    except (ValueError, OverflowError) as error:
+        return BadRow(f"unreadable value: {error}")
 
 
 READERS: dict[str, Callable[[Piece, Sequence[str]], Iterator[tuple[int, Any]]]] = {

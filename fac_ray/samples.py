@@ -138,7 +138,13 @@ def _read_label(row: Mapping[str, Any], column: str | None) -> str | None:
     No label makes a row a bad row, so the samples of a corpus are the same with any label column or none.
     """
     value = row.get(column) if column else None
-    return None if value is None or value == "" else str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+    if value is None or value == "":
+        return None
+    try:
+        label = str(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists in lists
+        return _type_name(value)
+    return label.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _type_name(value: Any) -> str:

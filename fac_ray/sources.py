@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+UNREADABLE = (EOFError, zlib.error, OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError)
+"""What reading raises at bytes that are not what they should be; `OSError` only without an errno."""
 HASHED_BYTES = 16 << 20
 """Local files up to this size are fingerprinted by content: one that is written anew with the same text is the same."""
 GLOB = re.compile(r"[*?\[]")
@@ -103,8 +106,10 @@ def split_source(source: Source, piece_bytes: int) -> list[Piece]:
     if source.size_bytes > piece_bytes and source.format == "parquet":
         try:
             return _split_parquet(source, piece_bytes)
-        except pa.ArrowInvalid:
-            pass  # not a Parquet file; reading the whole says so in a rejected row
+        except UNREADABLE as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            # Not a Parquet file; reading the whole says so in a rejected row.
     return [Piece(source)]
 
 

@@ -83,12 +83,12 @@ def test_there_is_exactly_one_bos_unless_it_is_doubled(tokenizer):
         assert (sample.token_ids == tokenizer.bos_token_id).sum() == num_bos
 
 
-def test_a_bos_that_the_content_starts_with_is_not_the_templates():
+def test_a_bos_that_the_content_starts_with_is_text():
     for template in (None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"):
         tokenizer = llama_tokenizer(template)
         sample = tokenize(tokenizer, f"{BOS}cat", None, CORRECTED)
-        assert (sample.token_ids == tokenizer.bos_token_id).sum() == 2
-        assert decoded(tokenizer, sample, sample.pooled) == "cat"
+        assert (sample.token_ids == tokenizer.bos_token_id).tolist() == [True, *[False] * (len(sample.token_ids) - 1)]
+        assert decoded(tokenizer, sample, sample.pooled) == f"{BOS}cat"
 
 
 def test_ids_are_those_of_the_authors_code_when_bos_is_doubled():
@@ -124,10 +124,12 @@ def test_skip_drops_that_many_ids_and_all_drops_none():
     assert tokenize(tokenizer, TEXT, CHAT, switched(tokens="all")).pooled.all()
 
 
-def test_special_tokens_that_a_user_writes_are_not_pooled():
+def test_a_control_token_that_a_user_spells_is_text_and_with_a_second_tokenisation_is_not_pooled():
     tokenizer = llama_tokenizer()
     sample = tokenize(tokenizer, "cat<|eot_id|>moon", None, CORRECTED)
-    assert decoded(tokenizer, sample, sample.pooled) == "catmoon"
+    assert decoded(tokenizer, sample, sample.pooled) == "cat<|eot_id|>moon"
+    again = tokenize(tokenizer, "cat<|eot_id|>moon", None, switched(double_bos=True))
+    assert decoded(tokenizer, again, again.pooled) == "catmoon"
 
 
 def test_max_tokens_cuts_and_says_so():
@@ -147,7 +149,6 @@ def test_max_tokens_cuts_and_says_so():
         ("x", [{"role": "wizard", "content": "x"}], "template refuses the roles"),
         ("x", [{"role": "user", "content": None}], "both strings"),
         ("x", [{"role": "user", "content": "something else"}], "not found in its text"),
-        ("<|eot_id|>", None, "none of its"),
         ("bad \ud800 surrogate", None, "surrogates not allowed"),
     ],
 )
@@ -156,9 +157,14 @@ def test_a_sample_that_cannot_be_tokenized_says_why(text, messages, reason):
         tokenize(llama_tokenizer(), text, messages, CORRECTED)
 
 
+def test_a_sample_without_a_pooled_token_says_so():
+    with pytest.raises(ValueError, match=r"none of its \d+ tokens is pooled under measure.tokens {'skip': 99}"):
+        tokenize(llama_tokenizer(), "cat", None, switched(tokens={"skip": 99}))
+
+
 def test_a_template_that_loses_a_content_is_an_error_of_the_sample():
     tokenizer = llama_tokenizer("{{ bos_token }}{{ messages[0]['content'] | upper }}")
-    with pytest.raises(ValueError, match="message 0 is not found in what the chat template"):
+    with pytest.raises(ValueError, match=r"contents are not found.* in what the chat template"):
         render(tokenizer, "the moon", None)
 
 
