@@ -88,7 +88,7 @@ def storing(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = getattr(error, "cause", None) or error
+        cause = _first_cause(error)
         if not isinstance(cause, OSError) or cause.errno not in STORAGE_ERRORS:
             raise
         raise OSError(
@@ -220,6 +220,13 @@ def current_marker(folder: str | Path) -> dict[str, Any] | None:
 def _read_marker(folder: Path) -> dict[str, Any] | None:
     path = folder / MARKER
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What a remote task raised, behind the failed task and what stands around it."""
+    while isinstance(cause := getattr(error, "cause", None) or error.__cause__, BaseException):
+        error = cause
+    return error
 
 
 def _parquet_bytes(folder: Path) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,54 +68,57 @@ def committed_errors(folder: Path) -> Counter[str]:
 
 def unmeasured_parts(folder: Path, samples: list[Path]) -> list[tuple[Path, int]]:
     """Put the folder in order; returns the parts of samples that are not all measured, each with how many are not."""
-    committed = committed_ids(folder)
-    if not committed:
+    if not committed_ids(folder):
         _remove_uncommitted(folder)
         return [(path, pq.read_metadata(path).num_rows) for path in samples]
-    wanted = [_id_numbers(pq.read_table(path, columns=["sample_id"])) for path in samples]
-    all_wanted = np.unique(np.concatenate(wanted))
-    measured = [np.zeros(0, np.uint64)]
-    for ids_path in committed:
-        if (rows := _read_whole(folder, ids_path)) is not None:
-            measured.append(_keep_wanted(folder, ids_path, rows, all_wanted))
+    wanted = [_id_numbers(path) for path in samples]
+    measured = _keep_wanted(folder, np.unique(np.concatenate(wanted)))
     _remove_uncommitted(folder)
-    all_measured = np.concatenate(measured)
-    num_left = [int(np.count_nonzero(~np.isin(ids, all_measured))) for ids in wanted]
+    num_left = [int(np.count_nonzero(~np.isin(numbers, measured))) for numbers in wanted]
     return [(path, num) for path, num in zip(samples, num_left, strict=True) if num]
 
 
-def _read_whole(folder: Path, ids_path: Path) -> pa.Table | None:
-    """The rows of a committed part; None, and no longer committed, if they are not those that were committed."""
-    parts = sorted(folder.glob(f"{ids_path.stem}-*.parquet"))
+def _keep_wanted(folder: Path, wanted: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " m"]:
+    """Remove rows of unwanted samples, and damaged parts; returns the numbers of the ids whose rows stay."""
+    parts: dict[str, list[Path]] = defaultdict(list)
+    for path in parquet_files(folder):
+        parts[_ids_name(path)].append(path)
+    kept = [np.zeros(0, np.uint64)]
+    for ids_path in committed_ids(folder):
+        numbers = _id_numbers(ids_path)
+        is_wanted = np.isin(numbers, wanted)
+        if damage := _damage(parts[ids_path.stem], len(numbers)):
+            logger.warning("%s-*: a stored part is damaged (%s); it is made again", folder / ids_path.stem, damage)
+            ids_path.unlink()
+            continue
+        if not is_wanted.all():
+            _rewrite(parts[ids_path.stem], ids_path, wanted)
+        kept.append(numbers[is_wanted])
+    return np.concatenate(kept)
+
+
+def _damage(parts: list[Path], num_rows: int) -> str:
+    """Why the files are not those with so many rows that were committed; empty if they are."""
     try:
-        rows = pa.concat_tables([pq.read_table(path) for path in parts]) if parts else None
-        if rows is not None and rows.num_rows == pq.read_metadata(ids_path).num_rows:
-            return rows
-        reason = f"{0 if rows is None else rows.num_rows} rows of {pq.read_metadata(ids_path).num_rows}"
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0]
-    logger.warning("%s: a stored part is damaged (%s); its samples are measured again", folder / ids_path.stem, reason)
-    ids_path.unlink()
-    return None
+        found = sum(pq.read_metadata(path).num_rows for path in parts)
+    except (OSError, pa.ArrowException) as error:
+        return str(error).splitlines()[0]
+    return "" if found == num_rows else f"it has {found} of {num_rows} rows"
 
 
-def _keep_wanted(folder: Path, ids_path: Path, rows: pa.Table, wanted: UInt64[np.ndarray, " n"]) -> np.ndarray:
-    """Write a part anew without the rows of samples that the corpus has no more; returns the numbers of its ids.
+def _rewrite(parts: list[Path], ids_path: Path, wanted: UInt64[np.ndarray, " n"]) -> None:
+    """Commit the rows of wanted samples under another name.
 
     An interruption may cost the part, whose samples are then measured again, but never gives a row twice.
     """
-    numbers = _id_numbers(rows)
-    keep = np.isin(numbers, wanted)
-    if keep.all():
-        return numbers
-    rows, name = rows.filter(pa.array(keep)), uuid.uuid4().hex
-    if len(rows):
-        write_table(folder / f"{name}-0.parquet", rows)
-        write_table(ids_path.with_name(name + PENDING), rows.select(["sample_id"]))
+    rows = pa.concat_tables([pq.read_table(path) for path in parts])
+    rows = rows.filter(pa.array(np.isin(_numbers_of(rows), wanted)))
+    name = uuid.uuid4().hex
+    pending = ids_path.with_name(name + PENDING)
+    write_table(parts[0].with_name(f"{name}-0.parquet"), rows)
+    write_table(pending, rows.select(["sample_id"]))
     ids_path.unlink()
-    if len(rows):
-        ids_path.with_name(name + PENDING).rename(ids_path.with_name(f"{name}.parquet"))
-    return numbers[keep]
+    pending.rename(ids_path.with_name(f"{name}.parquet"))
 
 
 def _remove_uncommitted(folder: Path) -> None:
@@ -135,6 +138,10 @@ def _ids_name(part: Path) -> str:
     return part.stem.rpartition("-")[0]
 
 
-def _id_numbers(rows: pa.Table) -> UInt64[np.ndarray, " n"]:
-    """The first 64 bits of the rows' sample ids."""
+def _id_numbers(path: Path) -> UInt64[np.ndarray, " n"]:
+    """The first 64 bits of the sample ids in a Parquet file."""
+    return _numbers_of(pq.read_table(path, columns=["sample_id"]))
+
+
+def _numbers_of(rows: pa.Table) -> UInt64[np.ndarray, " n"]:
     return np.frombuffer(bytes.fromhex("".join(rows["sample_id"].to_pylist())), np.uint64)[::2]

@@ -100,25 +100,21 @@ def _measure(config: RunConfig) -> dict[str, Stage]:
 def _samples(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence[Stage] = ()) -> Stage:
     from fac_ray.corpus import ingest_corpus, source_fingerprint
 
-    rejected = config.folder / "rejected" / name
-    rows = fingerprint(stage="samples", version=fac_ray.__version__)  # pieces of files know by themselves what they are
-    stage = Stage(
-        config.folder / "samples" / name,
-        fingerprint(
-            stage="samples",
-            version=fac_ray.__version__,
-            source=source_fingerprint(corpus),
-            corpus=corpus.model_dump(),
-            max_rejected_fraction=config.run.max_rejected_fraction,
-        ),
-        needs,
+    rows = fingerprint(stage="samples", version=fac_ray.__version__)  # a piece of a file knows itself what it is
+    identity = fingerprint(
         rows=rows,
+        source=source_fingerprint(corpus),
+        corpus=corpus.model_dump(),
+        max_rejected_fraction=config.run.max_rejected_fraction,
     )
-    if not stage.finished:
-        Stage(rejected, stage.identity, rows=rows).begin(keep_partial=True)
+    stage = Stage(config.folder / "samples" / name, identity, needs, rows=rows)
+    rejected = Stage(config.folder / "rejected" / name, identity, rows=rows)
+    if not (stage.finished and rejected.finished):
         with Progress(f"samples/{name}", unit="rows") as progress, storing(stage.folder):
-            folder = stage.begin(keep_partial=True)
-            stage.finish(**ingest_corpus(corpus, folder, rejected, config.run.max_rejected_fraction, progress))
+            folders = stage.begin(keep_partial=True), rejected.begin(keep_partial=True)
+            facts = ingest_corpus(corpus, *folders, config.run.max_rejected_fraction, progress)
+            rejected.finish()
+            stage.finish(**facts)
     return stage
 
 
@@ -147,7 +143,11 @@ def _activations(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequ
     )
     if not stage.finished:
         total = samples.facts["num_samples"]
-        with Progress(f"activations/{name}", total=total, unit="samples") as progress, storing(stage.folder):
+        with (
+            Progress(f"activations/{name}", total=total, unit="samples") as progress,
+            storing(stage.folder),
+            reading(stage.folder),
+        ):
             folder = stage.begin(keep_partial=True)
             stage.finish(**extract_activations(samples.folder, folder, config, progress))
     return stage

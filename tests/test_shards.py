@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from test_pipeline import numbers, text_of
 from tiny_llama import save_authors_sae, save_llama
 
-from fac_ray import pipeline
-from fac_ray.artifacts import parquet_files, read_table
+from fac_ray import parts, pipeline
+from fac_ray.artifacts import parquet_files, read_table, write_table
 from fac_ray.config import CorpusConfig, config_from_tree
 from fac_ray.corpus import ingest_corpus
-from fac_ray.parts import committed_ids
+from fac_ray.parts import CHECKPOINT_FOLDER, PENDING, committed_ids, unmeasured_parts
 from fac_ray.progress import Progress
+from fac_ray.schema import content_id, sample_id
 
 
 def write_shard(path: Path, rows: range) -> None:
@@ -88,6 +90,70 @@ def test_a_part_that_was_lost_or_cut_is_written_again(tmp_path, harm, kind):
     harm(parquet_files(tmp_path / "run" / kind)[1])
     ingest(corpus, tmp_path / "run")
     assert contents(tmp_path / "run") == before
+
+
+def id_of(number: int) -> str:
+    return sample_id("f", number, content_id(str(number)))
+
+
+def write_ids(path: Path, numbers: range | list[int]) -> Path:
+    write_table(path, pa.table({"sample_id": [id_of(number) for number in numbers]}))
+    return path
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    """A folder with the rows of samples 0 to 19 in two committed parts, and a part that was never committed."""
+    for name, rows in (("a", range(10)), ("b", range(10, 20)), ("c", range(20, 30))):
+        write_ids(tmp_path / f"{name}-0.parquet", rows)
+        ids = f"{name}.parquet" if name != "c" else f"c{PENDING}"
+        write_ids(tmp_path / CHECKPOINT_FOLDER / ids, rows)
+    return tmp_path
+
+
+def stored_ids(folder: Path) -> list[str]:
+    """Ids of all rows in the folder, which are those that are committed."""
+    rows = [i for part in parquet_files(folder) for i in read_table(part)["sample_id"].to_pylist()]
+    assert sorted(rows) == sorted(i for ids in committed_ids(folder) for i in read_table(ids)["sample_id"].to_pylist())
+    return sorted(rows)
+
+
+def test_rows_of_samples_that_are_gone_are_removed_and_samples_without_a_row_are_named(stored, tmp_path):
+    samples = [write_ids(tmp_path / "s" / f"{n}.parquet", rows) for n, rows in enumerate(([2, 3], [14, 25, 26]))]
+    assert unmeasured_parts(stored, samples) == [(samples[1], 2)]
+    assert stored_ids(stored) == sorted(map(id_of, (2, 3, 14)))
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda part: part.write_bytes(part.read_bytes()[:50])])
+def test_samples_of_a_damaged_part_count_as_unmeasured(stored, tmp_path, harm):
+    harm(stored / "b-0.parquet")
+    samples = [write_ids(tmp_path / "s" / "0.parquet", range(20))]
+    assert unmeasured_parts(stored, samples) == [(samples[0], 10)]
+    assert stored_ids(stored) == sorted(map(id_of, range(10)))
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_an_interruption_while_rows_are_removed_never_leaves_one_twice(stored, tmp_path, monkeypatch, step):
+    steps = iter(range(step))
+
+    def interrupted(operation):
+        def run(*args, **kwargs):
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return operation(*args, **kwargs)
+
+        return run
+
+    samples = [write_ids(tmp_path / "s" / "0.parquet", range(5, 20))]
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "write_table", interrupted(write_table))
+        for name in ("unlink", "rename"):
+            patch.setattr(Path, name, interrupted(getattr(Path, name)))
+        with pytest.raises(KeyboardInterrupt):
+            unmeasured_parts(stored, samples)
+    num_left = sum(num for _, num in unmeasured_parts(stored, samples))
+    assert num_left in (0, 5)
+    assert stored_ids(stored) == sorted(map(id_of, range(5 if num_left == 0 else 10, 20)))
 
 
 @pytest.fixture(scope="module")
