@@ -3,15 +3,18 @@
     read -> blocks of some hundred samples -> pool of actors, each with the language model and the SAE -> write
 
 Ray Data commits the `sample_id`s of each part after the part is whole. A run that was interrupted, whatever the way,
-goes on with the samples that are not committed: no row twice, none lost.
+goes on with the samples that are not committed: no row twice, none lost. So does a corpus that has got more files; the
+rows of samples that it has lost are removed. A sample that kills its process is set aside (`quarantine`).
 
-    activations/<corpus>/  <part>.parquet ...  _checkpoint/ (committed ids)
+    activations/<corpus>/  <part>.parquet ...  _checkpoint/ (committed ids)  _tries/ (while it is measured)
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -21,20 +24,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from ray.data.checkpoint import CheckpointConfig
 
 from fac_ray.artifacts import parquet_files
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, RunConfig, SaeConfig
+from fac_ray.parts import CHECKPOINT_FOLDER, Totals, committed_errors, committed_ids, committed_totals, unmeasured_parts
+from fac_ray.quarantine import measure_guarded
 
 if TYPE_CHECKING:
     from fac_ray.progress import Progress
 
-CHECKPOINT_FOLDER = "_checkpoint"
-PENDING = ".pending.parquet"
-"""How the ids of a part that may not be whole are named."""
+TRIES_FOLDER = "_tries"
+"""Where the actors note what they are about to measure."""
 
 MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES = 1024, 64
 """Samples of a part, which is what an interruption costs each actor."""
@@ -49,21 +52,24 @@ WAIT_FOR_CAPACITY_S = 24 * 3600
 """How long a run may stand still, because a cluster that waits for GPUs does."""
 POLL_S = 0.5
 
+logger = logging.getLogger(__name__)
+
 
 class Extraction:
     """The feature extractor as an actor of a pool: SAMPLES batches in, ACTIVATIONS batches out."""
 
     def __init__(
-        self, model: dict[str, Any], sae: dict[str, Any], measure: dict[str, Any], num_threads: int | None
+        self, model: dict[str, Any], sae: dict[str, Any], measure: dict[str, Any], num_threads: int | None, tries: Path
     ) -> None:
-        """Load model and SAE from dumped configs; `num_threads` of the CPU, None: as torch decides."""
+        """Load model and SAE from dumped configs; `num_threads` of the CPU, None: as torch decides; `tries`: the
+        folder for notes of what is being measured."""
         import torch
 
         from fac_ray.extractor import FeatureExtractor
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self._unusable = ""
+        self._tries, self._unusable = tries, ""
         try:
             self._extractor = FeatureExtractor(ModelConfig(**model), SaeConfig(**sae), MeasureConfig(**measure))
         except ConfigError as error:  # raised from here it would make Ray start the actor again and again
@@ -72,7 +78,17 @@ class Extraction:
     def __call__(self, samples: pa.Table) -> pa.Table:
         if self._unusable:
             raise ConfigError(self._unusable)
-        return self._extractor.extract_table(samples)
+        return measure_guarded(samples, self.measure, self._tries)
+
+    def measure(self, samples: pa.Table) -> pa.Table:
+        """One ACTIVATIONS row for each sample."""
+        import torch
+
+        try:
+            return self._extractor.extract_table(samples)
+        except torch.AcceleratorError:
+            logger.exception("the device fails every later call of this process; a new process goes on")
+            os._exit(1)
 
 
 class Pool(NamedTuple):
@@ -85,15 +101,6 @@ class Pool(NamedTuple):
     """CPU threads of one actor; None on a GPU."""
 
 
-class Totals(NamedTuple):
-    """What the committed parts hold."""
-
-    num_samples: int
-    num_tokens: int
-    num_errors: int
-    num_truncated: int
-
-
 def extract_activations(
     samples_folder: Path, output_folder: Path, config: RunConfig, progress: Progress
 ) -> dict[str, Any]:
@@ -103,17 +110,20 @@ def extract_activations(
     Raises:
         FileNotFoundError: `samples_folder` holds no Parquet file.
         ConfigError: model, SAE and switches do not fit together, or the cluster has too few CPUs.
-        RuntimeError: the rows that were written are not as many as the samples.
+        RuntimeError: the rows that were written are not as many as the samples, or more than
+            `run.max_rejected_fraction` of the samples could not be measured.
+        OSError: the folder cannot be written.
     """
     sources = parquet_files(samples_folder.resolve())
     if not sources:
         raise FileNotFoundError(f"{samples_folder}: no Parquet file here")
     num_samples = sum(pq.read_metadata(path).num_rows for path in sources)
     output_folder = output_folder.resolve()
+    unmeasured = unmeasured_parts(output_folder, sources)
     before, started_s = committed_totals(output_folder), time.monotonic()
-    if before.num_samples < num_samples:
+    if unmeasured:
         with _following(output_folder, progress):
-            _run(sources, output_folder, config, num_samples)
+            _run(unmeasured, output_folder, config)
     totals, seconds = committed_totals(output_folder), time.monotonic() - started_s
     progress.set(totals.num_samples)
     if totals.num_samples != num_samples:
@@ -121,6 +131,8 @@ def extract_activations(
             f"{output_folder}: {totals.num_samples} rows were written for {num_samples} samples; "
             + ("run again to go on" if totals.num_samples < num_samples else "remove the folder and run again")
         )
+    _check_errors(output_folder, totals, config.run.max_rejected_fraction)
+    shutil.rmtree(output_folder / TRIES_FOLDER, ignore_errors=True)
     return {**totals._asdict(), "tokens_per_s": round((totals.num_tokens - before.num_tokens) / max(seconds, 1e-3), 1)}
 
 
@@ -146,29 +158,27 @@ def plan_pool(
     return Pool(actors, 0.0, num_cpus, max(1, int(real_cpus // actors)))
 
 
-def committed_totals(output_folder: Path) -> Totals:
-    """Sums over the parts whose ids are committed; a part that may not be whole is not read."""
-    totals = Totals(0, 0, 0, 0)
-    for part in _committed_parts(output_folder):
-        rows = pq.read_table(part, columns=["num_tokens", "truncated", "error"])
-        found = (
-            rows.num_rows,
-            pc.sum(rows["num_tokens"]).as_py() or 0,
-            rows.num_rows - rows["error"].null_count,
-            pc.sum(rows["truncated"]).as_py() or 0,
-        )
-        totals = Totals(*(a + b for a, b in zip(totals, found, strict=True)))
-    return totals
+def _check_errors(output_folder: Path, totals: Totals, limit_fraction: float) -> None:
+    if totals.num_errors <= limit_fraction * totals.num_samples:
+        return
+    common = ", ".join(f"{reason} ({num})" for reason, num in committed_errors(output_folder).most_common(3))
+    raise RuntimeError(
+        f"{output_folder}: {totals.num_errors} of {totals.num_samples} samples could not be measured; "
+        f"run.max_rejected_fraction allows {limit_fraction:g} of them. Most common: {common}. Allow more, or change "
+        "what is wrong, remove the folder and run again"
+    )
 
 
-def _run(sources: list[Path], output_folder: Path, config: RunConfig, num_samples: int) -> None:
+def _run(parts: list[tuple[Path, int]], output_folder: Path, config: RunConfig) -> None:
+    """Measure what is not measured in parts of samples, each with the number of such samples."""
+    num_samples = sum(num for _, num in parts)
     most = max(1, math.ceil(num_samples / MIN_BLOCK_SAMPLES))
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     pool = plan_pool(config.measure.num_actors, most, ray.cluster_resources(), num_nodes, os.cpu_count() or 1)
     block_samples = math.ceil(num_samples / (pool.num_actors * BLOCKS_PER_ACTOR))
     block_samples = max(MIN_BLOCK_SAMPLES, min(MAX_BLOCK_SAMPLES, block_samples))
     with _checkpointed(output_folder), _config_errors():
-        samples = ray.data.read_parquet([str(path) for path in sources], columns=["sample_id", "text", "messages"])
+        samples = ray.data.read_parquet([str(path) for path, _ in parts], columns=["sample_id", "text", "messages"])
         samples.repartition(target_num_rows_per_block=block_samples).map_batches(
             Extraction,
             fn_constructor_kwargs={
@@ -176,6 +186,7 @@ def _run(sources: list[Path], output_folder: Path, config: RunConfig, num_sample
                 "sae": config.sae.model_dump(),
                 "measure": config.measure.model_dump(),
                 "num_threads": pool.num_threads,
+                "tries": output_folder / TRIES_FOLDER,
             },
             batch_size=min(BATCH_SAMPLES, block_samples),
             batch_format="pyarrow",
@@ -227,7 +238,7 @@ def _following(output_folder: Path, progress: Progress) -> Iterator[None]:
     def follow() -> None:
         counted: dict[Path, int] = {}
         while not stop.wait(POLL_S):
-            for ids in _committed_ids(output_folder):
+            for ids in committed_ids(output_folder):
                 if ids not in counted:
                     counted[ids] = pq.read_metadata(ids).num_rows
             progress.set(sum(counted.values()))
@@ -239,16 +250,6 @@ def _following(output_folder: Path, progress: Progress) -> Iterator[None]:
     finally:
         stop.set()
         follower.join()
-
-
-def _committed_ids(output_folder: Path) -> list[Path]:
-    files = (output_folder / CHECKPOINT_FOLDER).glob("*.parquet")
-    return sorted(path for path in files if not path.name.endswith(PENDING))
-
-
-def _committed_parts(output_folder: Path) -> list[Path]:
-    committed = {path.stem for path in _committed_ids(output_folder)}
-    return [path for path in parquet_files(output_folder) if path.stem.rpartition("-")[0] in committed]
 
 
 def _floor(value: float) -> float:

@@ -1,9 +1,12 @@
 """The folder of a run: where each stage writes, and how a finished stage is known from an interrupted one.
 
 A stage is finished when its folder holds `_SUCCESS.json`, which is written last and by a rename. The marker carries
-the stage's fingerprint: a hash of everything that its result depends on. Same fingerprint: the stage is skipped.
-Another fingerprint, or no marker: it is run again, and stages that build on it follow because their fingerprints
-contain its own. Inside a stage, partial work may be kept and continued if it lies in a folder named by the fingerprint.
+the stage's fingerprint: a hash of everything that its result depends on; and the size of its Parquet files, so that a
+file that was lost or cut is noticed. Same fingerprint and size: the stage is skipped. Otherwise it is run again, and
+stages that build on it follow because their fingerprints contain its own.
+
+A stage of many rows need not begin anew: rows that an interrupted attempt left, or one whose corpus had other files,
+stay while what each row depends on is the same (`rows`).
 
     runs/<name>/  config.json  manifest.json  report.json  report.html
                   samples/<corpus>/  rejected/<corpus>/  activations/<corpus>/  coverage/<corpus>/
@@ -12,6 +15,7 @@ contain its own. Inside a stage, partial work may be kept and continued if it li
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -29,6 +33,8 @@ import pyarrow.parquet
 from fac_ray.schema import hash_of
 
 MARKER = "_SUCCESS.json"
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+"""No room, no permission, a limit, a broken disk."""
 
 
 def fingerprint(**parts: Any) -> str:
@@ -72,6 +78,47 @@ def parquet_files(folder_or_file: str | Path) -> list[Path]:
 
 
 @contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """A failure inside the block because the folder cannot take what is written, here or in a remote task, says what
+    to do.
+
+    Raises:
+        OSError: no room, no permission, or a limit.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = _first_cause(error)
+        if not isinstance(cause, OSError) or cause.errno not in STORAGE_ERRORS:
+            raise
+        raise OSError(
+            f"{folder}: cannot be written ({os.strerror(cause.errno)}); make room, allow it, or set another "
+            "run.folder. What is stored stays, and the same command goes on from it"
+        ) from error
+
+
+@contextmanager
+def reading(*folders: Path) -> Iterator[None]:
+    """A failure inside the block because a Parquet file of the folders is damaged names the file and what to do.
+
+    Raises:
+        ValueError: there is such a file.
+    """
+    try:
+        yield
+    except Exception as error:
+        for path in (path for folder in folders for path in parquet_files(folder)):
+            try:
+                pyarrow.parquet.read_table(path)
+            except (OSError, pa.ArrowException) as damage:
+                raise ValueError(
+                    f"{path}: a damaged Parquet file ({str(damage).splitlines()[0]}); remove this file and run the "
+                    "same command again, which makes what it held once more"
+                ) from error
+        raise
+
+
+@contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -94,10 +141,12 @@ class Stage:
         facts = stage.facts
     """
 
-    def __init__(self, folder: str | Path, identity: str, needs: Sequence[Stage] = ()) -> None:
-        """`identity` is the fingerprint; `needs` are the stages whose results this one is made from."""
+    def __init__(self, folder: str | Path, identity: str, needs: Sequence[Stage] = (), rows: str | None = None) -> None:
+        """`identity` is the fingerprint; `needs` are the stages whose results this one is made from; `rows` is the
+        fingerprint of what a stored row depends on besides its own source (None: all that the stage depends on)."""
         self.folder = Path(folder)
         self.identity = identity
+        self.rows = rows or identity
         self.needs = tuple(needs)
         self._started_s: float | None = None
 
@@ -108,9 +157,11 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        """Whether the folder holds the result of exactly this fingerprint."""
+        """Whether the folder holds the result of exactly this fingerprint, and holds it whole."""
         marker = self.marker
-        return marker is not None and marker["fingerprint"] == self.identity
+        if marker is None or marker["fingerprint"] != self.identity:
+            return False
+        return marker.get("parquet_bytes") == _parquet_bytes(self.folder)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -120,8 +171,8 @@ class Stage:
         return marker["facts"]
 
     def begin(self, keep_partial: bool = False) -> Path:
-        """The folder, ready to write. What another fingerprint left is removed; with `keep_partial`, what an
-        interrupted attempt of this fingerprint left stays.
+        """The folder, ready to write. What an earlier attempt left is removed; with `keep_partial`, it stays if its
+        rows depend on the same.
 
         Raises:
             FileExistsError: the folder holds files that no stage has written.
@@ -129,11 +180,11 @@ class Stage:
         started = self.folder / "_STARTED.json"
         if not started.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
             raise FileExistsError(f"{self.folder}: holds files that are not of a run; choose another run.folder")
-        same = started.is_file() and json.loads(started.read_text())["fingerprint"] == self.identity
+        same = started.is_file() and json.loads(started.read_text()).get("rows") == self.rows
         if self.folder.exists() and not (keep_partial and same):
             shutil.rmtree(self.folder)
-        if not started.is_file():
-            write_json(started, {"fingerprint": self.identity})
+        (self.folder / MARKER).unlink(missing_ok=True)  # first: from here on the folder is in no finished state
+        write_json(started, {"fingerprint": self.identity, "rows": self.rows})
         self._started_s = time.monotonic()
         return self.folder
 
@@ -144,6 +195,7 @@ class Stage:
         marker = {
             "fingerprint": self.identity,
             "finished_at": _now(),
+            "parquet_bytes": _parquet_bytes(self.folder),
             "needs": {os.path.relpath(stage.folder, self.folder): stage.identity for stage in self.needs},
             "facts": {**facts, "seconds": seconds},
         }
@@ -168,6 +220,18 @@ def current_marker(folder: str | Path) -> dict[str, Any] | None:
 def _read_marker(folder: Path) -> dict[str, Any] | None:
     path = folder / MARKER
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What a remote task raised, behind the failed task and what stands around it."""
+    while isinstance(cause := getattr(error, "cause", None) or error.__cause__, BaseException):
+        error = cause
+    return error
+
+
+def _parquet_bytes(folder: Path) -> int:
+    """Size of all Parquet files directly in the folder."""
+    return sum(path.stat().st_size for path in parquet_files(folder))
 
 
 def _now() -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import fac_ray
-from fac_ray.artifacts import Stage, fingerprint, read_table, write_json, write_table, write_text
+from fac_ray.artifacts import Stage, fingerprint, read_table, reading, storing, write_json, write_table, write_text
 from fac_ray.config import ConfigError, CorpusConfig, RunConfig
 from fac_ray.progress import Progress
 from fac_ray.tasks import load_task
@@ -100,23 +100,21 @@ def _measure(config: RunConfig) -> dict[str, Stage]:
 def _samples(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence[Stage] = ()) -> Stage:
     from fac_ray.corpus import ingest_corpus, source_fingerprint
 
-    rejected = config.folder / "rejected" / name
-    stage = Stage(
-        config.folder / "samples" / name,
-        fingerprint(
-            stage="samples",
-            version=fac_ray.__version__,
-            source=source_fingerprint(corpus),
-            corpus=corpus.model_dump(),
-            max_rejected_fraction=config.run.max_rejected_fraction,
-        ),
-        needs,
+    rows = fingerprint(stage="samples", version=fac_ray.__version__)  # a piece of a file knows itself what it is
+    identity = fingerprint(
+        rows=rows,
+        source=source_fingerprint(corpus),
+        corpus=corpus.model_dump(),
+        max_rejected_fraction=config.run.max_rejected_fraction,
     )
-    if not stage.finished:
-        Stage(rejected, stage.identity).begin()
-        with Progress(f"samples/{name}", unit="rows") as progress:
-            folder = stage.begin()
-            stage.finish(**ingest_corpus(corpus, folder, rejected, config.run.max_rejected_fraction, progress))
+    stage = Stage(config.folder / "samples" / name, identity, needs, rows=rows)
+    rejected = Stage(config.folder / "rejected" / name, identity, rows=rows)
+    if not (stage.finished and rejected.finished):
+        with Progress(f"samples/{name}", unit="rows") as progress, storing(stage.folder):
+            folders = stage.begin(keep_partial=True), rejected.begin(keep_partial=True)
+            facts = ingest_corpus(corpus, *folders, config.run.max_rejected_fraction, progress)
+            rejected.finish()
+            stage.finish(**facts)
     return stage
 
 
@@ -126,22 +124,30 @@ def _activations(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequ
 
     samples = _samples(config, name, corpus, needs)
     measure = config.measure.resolved()
+    rows = fingerprint(  # a row belongs to a sample_id, which holds the sample's content
+        stage="activations",
+        version=fac_ray.__version__,
+        model=[config.model.model_dump(), _state_of(config.model.path)],
+        sae=[config.sae.model_dump(), _state_of(config.sae.path)],
+        switches=measure.model_dump(include={"activation", "tokens", "max_tokens", "double_bos", "window_tokens"}),
+    )
     stage = Stage(
         config.folder / "activations" / name,
         fingerprint(
-            stage="activations",
-            version=fac_ray.__version__,
+            rows=rows,
             source=source_fingerprint(corpus),  # not the label: a new label needs no model
             content=corpus.model_dump(exclude={"label"}),
-            model=[config.model.model_dump(), _state_of(config.model.path)],
-            sae=[config.sae.model_dump(), _state_of(config.sae.path)],
-            switches=measure.model_dump(include={"activation", "tokens", "max_tokens", "double_bos", "window_tokens"}),
         ),
         needs,
+        rows=rows,
     )
     if not stage.finished:
         total = samples.facts["num_samples"]
-        with Progress(f"activations/{name}", total=total, unit="samples") as progress:
+        with (
+            Progress(f"activations/{name}", total=total, unit="samples") as progress,
+            storing(stage.folder),
+            reading(stage.folder),
+        ):
             folder = stage.begin(keep_partial=True)
             stage.finish(**extract_activations(samples.folder, folder, config, progress))
     return stage
@@ -165,7 +171,8 @@ def _coverage(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequenc
         needs=(samples, activations),
     )
     if not stage.finished:
-        with Progress(f"coverage/{name}", total=samples.facts["num_samples"], unit="samples") as progress:
+        total, sources = samples.facts["num_samples"], (activations.folder, samples.folder)
+        with Progress(f"coverage/{name}", total=total, unit="samples") as progress, reading(*sources):
             folder = stage.begin()
             facts = reduce_coverage(
                 activations.folder,
@@ -363,8 +370,10 @@ def _report(config: RunConfig) -> dict[str, Any]:
 @contextmanager
 def _opened(config: RunConfig) -> Iterator[None]:
     """The run folder, held by this process alone, with the resolved config and the manifest in it."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    with (config.folder / ".lock").open("w") as lock:
+    with storing(config.folder):
+        config.folder.mkdir(parents=True, exist_ok=True)
+        lock = (config.folder / ".lock").open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

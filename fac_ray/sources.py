@@ -90,9 +90,21 @@ def source_fingerprint(corpus: CorpusConfig) -> str:
     Raises:
         ConfigError: as `list_sources`.
     """
-    files = [[s.name, s.size_bytes, _version(s)] for s in list_sources(corpus)]
+    files = [[s.name, s.size_bytes, source_version(s)] for s in list_sources(corpus)]
     keys = corpus.model_dump(mode="json", exclude={"path", "label"})
     return hash_of(json.dumps([files, keys], sort_keys=True))
+
+
+def source_version(source: Source) -> str | int:
+    """What changes when the file's content does; see `source_fingerprint`."""
+    if source.location.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        return HfFileSystem().ukey(source.location)
+    if "://" in source.location or source.size_bytes > HASHED_BYTES:
+        return source.modified_ns
+    with open_source(source) as stream:
+        return blake2b(stream.read(), digest_size=16).hexdigest()
 
 
 def split_source(source: Source, piece_bytes: int) -> list[Piece]:
@@ -212,14 +224,3 @@ def _filesystem(path: str) -> tuple[pa.fs.FileSystem, str]:
         return pa.fs.FileSystem.from_uri(path)
     except pa.ArrowInvalid as error:
         raise ConfigError(f"path {path!r}: {error}; allowed are local paths, s3://, gs:// and hf://") from error
-
-
-def _version(source: Source) -> str | int:
-    if source.location.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        return HfFileSystem().ukey(source.location)
-    if "://" in source.location or source.size_bytes > HASHED_BYTES:
-        return source.modified_ns
-    with open_source(source) as stream:
-        return blake2b(stream.read(), digest_size=16).hexdigest()

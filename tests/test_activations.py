@@ -19,9 +19,10 @@ import pytest
 from tiny_llama import save_authors_sae, save_llama
 
 from fac_ray import activations as stage
-from fac_ray.activations import Pool, committed_totals, extract_activations, plan_pool
+from fac_ray.activations import Pool, extract_activations, plan_pool
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
 from fac_ray.config import ConfigError, RunConfig, config_from_tree
+from fac_ray.parts import PENDING, committed_ids, committed_totals
 from fac_ray.progress import Progress
 from fac_ray.schema import ACTIVATIONS, SAMPLES, content_id, sample_id
 
@@ -162,17 +163,12 @@ def test_a_run_whose_driver_is_killed_goes_on_and_ends_with_the_same_rows(corpus
     assert_same_rows(by_sample(tmp_path), by_sample(measured[1]))
 
 
-def committed_ids(folder: Path) -> list[Path]:
-    files = sorted((folder / stage.CHECKPOINT_FOLDER).glob("*.parquet"))
-    return [path for path in files if not path.name.endswith(stage.PENDING)]
-
-
 def interrupt_last_part(folder: Path) -> None:
     """Put a part back to what a kill in the middle of its writing leaves: its ids pending, its file cut."""
     [*_, ids] = committed_ids(folder)
     [part] = folder.glob(ids.stem + "*")
     before, lost = committed_totals(folder).num_samples, pq.read_metadata(part).num_rows
-    ids.rename(ids.with_name(ids.stem + stage.PENDING))
+    ids.rename(ids.with_name(ids.stem + PENDING))
     part.write_bytes(part.read_bytes()[:100])
     assert committed_totals(folder).num_samples == before - lost
 
