@@ -99,7 +99,7 @@ def load_backbone(model: ModelConfig, device: str | None = None) -> Backbone:
         )
     backbone = Backbone(network, _blocks(network, model), tokenizer)
     backbone.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _require_causal(backbone, model)
+    _require_sound(backbone, model)
     return backbone
 
 
@@ -163,10 +163,19 @@ def _context_tokens(text_config: Any, tokenizer: PreTrainedTokenizerFast) -> int
     return NO_LIMIT_TOKENS
 
 
-def _require_causal(backbone: Backbone, model: ModelConfig) -> None:
-    """Padding without a mask is right only if no token sees a later one: seen on a few tokens before anything else."""
+def _require_sound(backbone: Backbone, model: ModelConfig) -> None:
+    """A few tokens before anything else, BOS first, where float16 overflows soonest; and no token may see a later one,
+    or padding without a mask would be wrong."""
     token_ids = torch.arange(8)[None] % backbone.model.config.get_text_config().vocab_size
+    token_ids[0, 0] = backbone.tokenizer.bos_token_id or 0
     alone, followed = backbone.residual(token_ids[:, :4]), backbone.residual(token_ids)[:, :4]
+    if not (alone.isfinite().all() and followed.isfinite().all()):
+        raise ConfigError(
+            f"model.dtype {model.dtype}: the residual stream of {model.path} overflows within {model.hook_layer} "
+            "blocks; set model.dtype bfloat16 or float32"
+            if model.dtype == "float16"
+            else f"model.path {model.path!r}: its weights give numbers that are not finite"
+        )
     change = (alone - followed).abs().max() / alone.abs().max()
     if not change < CAUSALITY_TOLERANCE[getattr(torch, model.dtype)]:
         raise ConfigError(f"model.path {model.path!r}: its tokens see later ones; a causal language model is needed")

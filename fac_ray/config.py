@@ -47,6 +47,9 @@ class ModelConfig(Section):
 class SaeConfig(Section):
     path: str
     """SAELens folder, the authors' `.pth` file, or `release:sae_id` on the hub."""
+    allow_mismatch: bool = False
+    """Whether the SAE may be used on another model (such as the instruct model of its base model), with another
+    `model.dtype` or on longer texts than it was trained on. Off, that is refused; on, it is a warning."""
 
 
 class TokenSkip(Section):

@@ -24,7 +24,8 @@ from fac_ray.backbone import load_backbone
 from fac_ray.chat import TokenizedSample, Window, tokenize, windows
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
 from fac_ray.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
-from fac_ray.sae import SparseAutoencoder, load_sae, require_fit
+from fac_ray.sae import SparseAutoencoder, load_sae
+from fac_ray.sae_origin import require_fit
 from fac_ray.schema import ACTIVATIONS, Message
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class FeatureExtractor:
         self.measure = measure.resolved()
         self.backbone = load_backbone(model, device)
         self.sae = load_sae(sae, self.backbone.device)
-        require_fit(self.sae, model, self.backbone.d_model)
+        require_fit(self.sae.origin, self.sae.d_model, sae, model, self.backbone.d_model, self.measure)
         self.window_tokens = self._window_tokens()
         self._batch_tokens = measure.batch_tokens
         if self.measure.activation == "dense" and not isinstance(self.sae, SparseAutoencoder):
@@ -121,7 +122,8 @@ class FeatureExtractor:
                 raise ConfigError(f"measure.{key} {value}: the model's context is {context} tokens")
         if self.measure.max_tokens is not None:
             return self.measure.max_tokens
-        return self.measure.window_tokens or min(context, LONGEST_WINDOW_TOKENS)
+        trained_on = self.sae.origin.context_tokens or context
+        return self.measure.window_tokens or min(context, trained_on, LONGEST_WINDOW_TOKENS)
 
     def _tokenized(self, text: str, messages: Sequence[Message] | None) -> TokenizedSample | str:
         """The sample's tokens, or why it has none."""

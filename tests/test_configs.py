@@ -16,7 +16,13 @@ CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 
 
 def test_there_are_configs_to_test():
-    assert {path.stem for path in CONFIGS} >= {"toxicity-llama", "hh-rlhf-stories260k"}
+    assert {path.stem for path in CONFIGS} >= {
+        "toxicity-llama",
+        "toxicity-mistral",
+        "toxicity-qwen2",
+        "gaps-gemma2-2b",
+        "hh-rlhf-stories260k",
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
