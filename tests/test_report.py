@@ -38,6 +38,7 @@ ROWS = {
     "untargeted": [{3: 0.2}, {0: 1.0}],
 }
 TEXTS = ["Please send the refund <b>today</b>.", "The parcel went to my old address."]
+BAND = ("low", "expected_features", "high")
 HOSTILE = "<script>alert('hello')</script> where is my parcel"
 
 
@@ -213,10 +214,14 @@ def test_rarefaction_compares_corpora_at_equal_size(run):
     """One anchor sample shows (2 + 2 + 1 + 1 + 1) / 4 features; three show 2 + 3 * 3/4 of the 5. The seed has 3."""
     numbers = build_report(run, config_of(run))["rarefaction"]
     curve = numbers["curves"]["anchor"]
-    assert dict(zip(curve["num_samples"], curve["expected_features"], strict=True)) == pytest.approx(
+    expected = dict(zip(curve["num_samples"], curve["expected_features"], strict=True))
+    assert {size: expected[size] for size in range(5)} == pytest.approx(
         {0: 0, 1: 1.75, 2: 19 / 6, 3: 4.25, 4: 5}, abs=1e-4
     )
-    assert numbers["curves"]["seed+targeted"]["expected_features"][-1] == pytest.approx(4)
+    assert (curve["num_samples"][-1], curve["measured_samples"], expected[8]) == (8, 4, 5)
+    assert all(low <= mean <= high for low, mean, high in zip(*(curve[key] for key in BAND), strict=True))
+    pooled = numbers["curves"]["seed+targeted"]
+    assert pooled["expected_features"][pooled["num_samples"].index(5)] == pytest.approx(4)
     matched = numbers["matched"]
     assert (matched["num_samples"], matched["num_tokens"]) == (3, 30)
     assert matched["at_samples"]["anchor"] == pytest.approx(4.25 / 5)
