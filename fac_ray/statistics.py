@@ -19,26 +19,37 @@ from fac_ray.coverage import CorpusCoverage
 from fac_ray.richness import Z_95, chao2, rarefaction
 
 
+def coverage_std(num_samples_active: Int[np.ndarray, " target"], num_samples: int) -> float:
+    """Standard error of the covered share of the features given, for redrawn corpora of the same size.
+
+    sqrt(S_obs (1 - S_obs / S_est)) / |target|: `rarefaction_std` at the full size, S_est of `chao2` at most |target|.
+    Features are taken as independent.
+
+    Raises:
+        ValueError: no feature is given, or a count lies outside [0, num_samples].
+    """
+    num_target = len(num_samples_active)
+    if num_target == 0:
+        raise ValueError("the target selects no feature, so its coverage is undefined")
+    observed, estimate = chao2(num_samples_active, num_samples)[:2]
+    return math.sqrt(observed * (1 - observed / min(estimate, num_target))) / num_target if observed else 0.0
+
+
 def coverage_interval(
     num_samples_active: Int[np.ndarray, " d_sae"], num_samples: int, target: Bool[np.ndarray, " d_sae"]
 ) -> tuple[float, float]:
     """95 % interval of the coverage of `target`, for redrawn corpora of the same size, within [0, 1].
 
-    fac +- 1.96 sqrt(S_obs (1 - S_obs / S_est)) / |target|: `rarefaction_std` at the full size over the target's
-    features, S_est at most |target|. Features never seen carry no sampling error of their own, so a corpus that has
-    every feature of its S_est has an interval of width 0.
+    fac +- 1.96 `coverage_std` over the target's features. Features never seen carry no sampling error of their own, so
+    a corpus that has every feature of its S_est has an interval of width 0.
 
     Raises:
         ValueError: `target` selects no feature, or a count lies outside [0, num_samples].
     """
-    num_target = int(target.sum())
-    if num_target == 0:
-        raise ValueError("the target selects no feature, so its coverage is undefined")
     counts = num_samples_active[target]
-    observed = int((counts > 0).sum())
-    estimate = min(chao2(counts, num_samples).estimate, num_target)
-    error = math.sqrt(observed * (1 - observed / estimate)) if observed else 0.0
-    return max(0.0, (observed - Z_95 * error) / num_target), min(1.0, (observed + Z_95 * error) / num_target)
+    error = coverage_std(counts, num_samples)
+    coverage = float((counts > 0).mean())
+    return max(0.0, coverage - Z_95 * error), min(1.0, coverage + Z_95 * error)
 
 
 class MatchedCoverage(NamedTuple):
