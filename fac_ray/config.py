@@ -135,6 +135,19 @@ class RelevanceConfig(Section):
     """Smallest number of positive anchor samples in which a relevant feature is active."""
 
 
+class DiversityConfig(Section):
+    """The diversity measures beside FAC (docs/diversity.md)."""
+
+    sample_size: int = Field(default=400, ge=2, le=5000)
+    """Samples of each corpus, drawn with `run.seed`, for the measures that compare samples with each other."""
+    num_clusters: int = Field(default=16, ge=2)
+    """Clusters of the cluster entropy; they are those of the anchor's sample where there is an anchor."""
+    gram_width: int = Field(default=1024, ge=16, le=8192)
+    """Widest SAE whose Vendi score is exact at corpus scale; wider vectors are projected to so many dimensions."""
+    pos_language: Literal["en"] | None = "en"
+    """Language of the part-of-speech tagger. None: no POS Distinct-2, for texts of another language."""
+
+
 class SynthesisConfig(Section):
     task: str = "customer-policy"
     """Task card: the name of a built-in one, or a YAML file. It holds the prompts and the label."""
@@ -211,6 +224,8 @@ class RunConfig(Section):
     corpora: dict[str, CorpusConfig]
     measure: MeasureConfig = MeasureConfig()
     relevance: RelevanceConfig = RelevanceConfig()
+    diversity: DiversityConfig | None = DiversityConfig()
+    """None: no diversity measures beside FAC."""
     synthesis: SynthesisConfig | None = SynthesisConfig()
     """None: the run stops at the gaps."""
     training: TrainingConfig | None = TrainingConfig()

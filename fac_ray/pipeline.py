@@ -5,6 +5,7 @@ fingerprint is already finished in the run folder is skipped. So an interrupted 
 changed config redoes only what depends on the change.
 
     measure     samples -> activations -> coverage, for every corpus of the config
+                (every command adds the diversity of what is measured, and intervals and tests where there are gaps)
     gaps        + relevant features of the task, and those that the seed misses
     synthesize  + texts that switch the missing features on, measured like any other corpus
     train       + a classifier on each arm of the experiment
@@ -25,8 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import fac_ray
-from fac_ray.artifacts import Stage, fingerprint, read_table, reading, storing, write_json, write_table, write_text
-from fac_ray.config import ConfigError, CorpusConfig, RunConfig
+from fac_ray.artifacts import (
+    Stage,
+    current_marker,
+    fingerprint,
+    read_table,
+    reading,
+    storing,
+    write_json,
+    write_table,
+    write_text,
+)
+from fac_ray.config import ConfigError, CorpusConfig, DiversityConfig, RunConfig
 from fac_ray.progress import Progress
 from fac_ray.tasks import load_task
 
@@ -44,6 +55,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 _synthesize(config)
                 if config.training is not None:
                     _evaluate(config)
+        _describe(config)
         return _report(config)
 
 
@@ -51,6 +63,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     """Coverage of every corpus; returns what `report.json` holds."""
     with _opened(config):
         _measure(config)
+        _describe(config)
         return _report(config)
 
 
@@ -58,6 +71,7 @@ def gaps(config: RunConfig) -> dict[str, Any]:
     """The relevant features that the anchor reaches and the seed misses; returns what `report.json` holds."""
     with _opened(config):
         _gaps(config)
+        _describe(config)
         return _report(config)
 
 
@@ -65,6 +79,7 @@ def synthesize(config: RunConfig) -> dict[str, Any]:
     """Accepted samples for the missing features; returns what `report.json` holds."""
     with _opened(config):
         _synthesize(config)
+        _describe(config)
         return _report(config)
 
 
@@ -353,6 +368,98 @@ def _evaluate(config: RunConfig) -> Stage:
         write_json(folder / "arms.json", summarise_arms(training.folder))
         stage.finish()
     return stage
+
+
+def _describe(config: RunConfig) -> None:
+    """What stands beside the coverages: diversity, and the sampling error of FAC."""
+    measured = _measured(config)
+    anchor = None
+    for name in sorted(measured, key=lambda name: name != "anchor"):  # the others use the anchor's clusters
+        if config.diversity is not None:
+            stage = _diversity(config, config.diversity, measured[name], anchor)
+            anchor = stage if name == "anchor" else anchor
+    gaps = _finished(config.folder / "gaps")
+    if gaps is not None:
+        _resampling(config, gaps, measured)
+
+
+def _measured(config: RunConfig) -> dict[str, Stage]:
+    """The finished activations of every corpus, the config's and the synthetic ones."""
+    names = (*config.corpora, "targeted", "untargeted")
+    found = {name: _finished(config.folder / "activations" / name) for name in names}
+    return {name: stage for name, stage in found.items() if stage is not None}
+
+
+def _diversity(config: RunConfig, diversity: DiversityConfig, activations: Stage, anchor: Stage | None) -> Stage:
+    from fac_ray.diversity_reduction import reduce_diversity
+    from fac_ray.sae import sae_width
+
+    name = activations.folder.name
+    stage = Stage(
+        config.folder / "diversity" / name,
+        fingerprint(
+            stage="diversity",
+            version=fac_ray.__version__,
+            activations=activations.identity,
+            anchor=None if anchor is None else anchor.identity,
+            diversity=diversity.model_dump(),
+            seed=config.run.seed,
+        ),
+        needs=(activations,) if anchor is None else (activations, anchor),
+    )
+    if not stage.finished:
+        with Progress(f"diversity/{name}", unit="samples") as progress:
+            folder = stage.begin()
+            facts = reduce_diversity(
+                config.folder / "samples" / name,
+                activations.folder,
+                folder,
+                diversity,
+                sae_width(config.sae),
+                config.run.seed,
+                None if anchor is None else ("anchor", anchor.folder),
+                progress,
+            )
+            stage.finish(**facts)
+    return stage
+
+
+def _resampling(config: RunConfig, gaps: Stage, measured: dict[str, Stage]) -> Stage:
+    from fac_ray.gaps import relevant_mask
+    from fac_ray.reduction import load_coverage
+    from fac_ray.resampling_reduction import resample_coverage
+
+    names = [name for name in ("anchor", "seed", "targeted", "untargeted") if name in measured]
+    stage = Stage(
+        config.folder / "resampling",
+        fingerprint(
+            stage="resampling",
+            version=fac_ray.__version__,
+            gaps=gaps.identity,
+            activations=[measured[name].identity for name in names],
+            seed=config.run.seed,
+        ),
+        needs=(gaps, *(measured[name] for name in names)),
+    )
+    if not stage.finished:
+        folder = stage.begin()
+        anchor, seed = (load_coverage(config.folder / "coverage" / name) for name in ("anchor", "seed"))
+        relevant = relevant_mask(read_table(config.folder / "relevance" / "features.parquet"), anchor.d_sae)
+        folders: dict[str, Path] = {name: measured[name].folder for name in names}
+        threshold = config.measure.threshold
+        active = anchor.active(threshold), seed.active(threshold)
+        write_json(
+            folder / "resampling.json",
+            resample_coverage(folders, relevant, *active, threshold, config.run.seed),
+        )
+        stage.finish()
+    return stage
+
+
+def _finished(folder: Path) -> Stage | None:
+    """The stage that lies finished in a folder, whatever config it was made with; None if it is not current."""
+    marker = current_marker(folder)
+    return None if marker is None else Stage(folder, marker["fingerprint"])
 
 
 def _report(config: RunConfig) -> dict[str, Any]:

@@ -1,12 +1,9 @@
-"""What sampling does to a coverage: per-feature sample counts come in; curves, bounds and null values go out.
+"""What sampling does to a coverage: coverages of corpora come in; intervals, matched and null values go out.
 
-A corpus's number of active features is a species richness: samples are sampling units, features are species, and it
-grows with the number and the length of the samples. So a coverage is compared at equal size (`rarefaction`,
-`matched_coverage`), with what is still unseen (`chao2`), with its sampling error (`coverage_interval`), and with
-what features drawn at random would give (`random_feature_null`). docs/statistics.md explains each on one page.
-
-Everything is closed form but the null, which is seeded. Counts are incidences: `num_samples_active[i]` samples hold
-feature i, out of `num_samples`.
+FAC grows with the number and the length of the samples (`fac_ray.richness`). So it is compared at equal size
+(`matched_coverage`), with its sampling error (`coverage_interval`), and with what features drawn at random would give
+(`random_feature_null`). docs/statistics.md explains each on one page. Everything is closed form but the null, which is
+seeded; what needs the samples themselves is in `fac_ray.resampling`.
 """
 
 from __future__ import annotations
@@ -16,83 +13,26 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from scipy.special import gammaln
+from jaxtyping import Bool, Int
 
 from fac_ray.coverage import CorpusCoverage
+from fac_ray.richness import Z_95, chao2, rarefaction
 
-Z_95 = 1.959963984540054
 
+def coverage_std(num_samples_active: Int[np.ndarray, " target"], num_samples: int) -> float:
+    """Standard error of the covered share of the features given, for redrawn corpora of the same size.
 
-def rarefaction(
-    num_samples_active: Int[np.ndarray, " features"], num_samples: int, sizes: Sequence[int] | Int[np.ndarray, " sizes"]
-) -> Float[np.ndarray, " sizes"]:
-    """Expected number of active features in a random subset of n samples, for each n of `sizes`.
-
-    E[S(n)] = sum_i [1 - C(N - N_i, n) / C(N, n)], with N = num_samples and N_i = num_samples_active[i]
-    (Colwell et al. 2012, equation 4, after Hurlbert 1971). Drawn without replacement; exact up to rounding of the
-    log-gamma function.
+    sqrt(S_obs (1 - S_obs / S_est)) / |target|: `rarefaction_std` at the full size, S_est of `chao2` at most |target|.
+    Features are taken as independent.
 
     Raises:
-        ValueError: a count lies outside [0, N], or a size does (a larger corpus is not extrapolated).
+        ValueError: no feature is given, or a count lies outside [0, num_samples].
     """
-    counts, multiplicity = _distinct_counts(num_samples_active, num_samples)
-    return np.array([multiplicity @ -np.expm1(_log_absent(counts, num_samples, n)) for n in _sizes(sizes, num_samples)])
-
-
-def rarefaction_std(
-    num_samples_active: Int[np.ndarray, " features"], num_samples: int, sizes: Sequence[int] | Int[np.ndarray, " sizes"]
-) -> Float[np.ndarray, " sizes"]:
-    """Standard error of `rarefaction`, for a corpus that is itself a sample of many more like it.
-
-    var(n) = sum_i (1 - a_i(n))^2 - E[S(n)]^2 / S_est, with a_i(n) = C(N - N_i, n) / C(N, n) and S_est from Chao2
-    (Colwell et al. 2012, equation 5). At n = N it is S_obs (1 - S_obs / S_est).
-
-    Raises:
-        ValueError: as `rarefaction`.
-    """
-    counts, multiplicity = _distinct_counts(num_samples_active, num_samples)
-    estimate = chao2(num_samples_active, num_samples).estimate
-    if estimate == 0:
-        return np.zeros(len(sizes))
-    present = [-np.expm1(_log_absent(counts, num_samples, n)) for n in _sizes(sizes, num_samples)]
-    variances = [multiplicity @ p**2 - (multiplicity @ p) ** 2 / estimate for p in present]
-    return np.sqrt(np.maximum(variances, 0.0))
-
-
-class Chao2(NamedTuple):
-    """A lower bound of the number of features that would be active in an endless corpus of the same kind."""
-
-    observed: int
-    estimate: float
-    std: float
-    low: float
-    """95 % confidence interval; never below `observed`."""
-    high: float
-
-
-def chao2(num_samples_active: Int[np.ndarray, " features"], num_samples: int) -> Chao2:
-    """Chao2 estimate of the number of active features, seen and unseen.
-
-    With Q1 features active in exactly one sample, Q2 in exactly two, and A = (N - 1) / N:
-    S_est = S_obs + A Q1^2 / (2 Q2), or S_obs + A Q1 (Q1 - 1) / 2 where Q2 = 0 (Chao 1987; Colwell et al. 2012,
-    equations 9 and 10). The estimate knows no dictionary size; clip it by d_sae or by the size of the target.
-
-    Raises:
-        ValueError: a count lies outside [0, num_samples].
-    """
-    counts, multiplicity = _distinct_counts(num_samples_active, num_samples)
-    observed = int(multiplicity.sum())
-    q1, q2 = (int(multiplicity[counts == n].sum()) for n in (1, 2))
-    shrink = (num_samples - 1) / num_samples
-    unseen = shrink * (q1 * q1 / (2 * q2) if q2 else q1 * (q1 - 1) / 2)
-    if unseen == 0:
-        return Chao2(observed, float(observed), 0.0, float(observed), float(observed))
-    variance = _chao2_variance(q1, q2, shrink, observed + unseen)
-    stretch = math.exp(Z_95 * math.sqrt(math.log1p(variance / unseen**2)))
-    return Chao2(
-        observed, observed + unseen, math.sqrt(variance), observed + unseen / stretch, observed + unseen * stretch
-    )
+    num_target = len(num_samples_active)
+    if num_target == 0:
+        raise ValueError("the target selects no feature, so its coverage is undefined")
+    observed, estimate = chao2(num_samples_active, num_samples)[:2]
+    return math.sqrt(observed * (1 - observed / min(estimate, num_target))) / num_target if observed else 0.0
 
 
 def coverage_interval(
@@ -100,21 +40,16 @@ def coverage_interval(
 ) -> tuple[float, float]:
     """95 % interval of the coverage of `target`, for redrawn corpora of the same size, within [0, 1].
 
-    fac +- 1.96 sqrt(S_obs (1 - S_obs / S_est)) / |target|: `rarefaction_std` at the full size over the target's
-    features, S_est at most |target|. Features never seen carry no sampling error of their own, so a corpus that has
-    every feature of its S_est has an interval of width 0.
+    fac +- 1.96 `coverage_std` over the target's features. Features never seen carry no sampling error of their own, so
+    a corpus that has every feature of its S_est has an interval of width 0.
 
     Raises:
         ValueError: `target` selects no feature, or a count lies outside [0, num_samples].
     """
-    num_target = int(target.sum())
-    if num_target == 0:
-        raise ValueError("the target selects no feature, so its coverage is undefined")
     counts = num_samples_active[target]
-    observed = int((counts > 0).sum())
-    estimate = min(chao2(counts, num_samples).estimate, num_target)
-    error = math.sqrt(observed * (1 - observed / estimate)) if observed else 0.0
-    return max(0.0, (observed - Z_95 * error) / num_target), min(1.0, (observed + Z_95 * error) / num_target)
+    error = coverage_std(counts, num_samples)
+    coverage = float((counts > 0).mean())
+    return max(0.0, coverage - Z_95 * error), min(1.0, coverage + Z_95 * error)
 
 
 class MatchedCoverage(NamedTuple):
@@ -204,39 +139,3 @@ def random_feature_null(
     low, high = np.quantile(shares, [0.025, 0.975])
     at_most = np.mean(shares <= (covered & target).sum() / num_target)
     return NullCoverage(float(shares.mean()), float(shares.std()), float(low), float(high), float(at_most), num_sets)
-
-
-def _distinct_counts(
-    num_samples_active: Int[np.ndarray, " features"], num_samples: int
-) -> tuple[Int[np.ndarray, " counts"], Int[np.ndarray, " counts"]]:
-    """The distinct counts above 0 and how many features have each: the only thing these statistics depend on."""
-    counts = np.asarray(num_samples_active, np.int64)
-    if num_samples < 1 or (len(counts) and (counts.min() < 0 or counts.max() > num_samples)):
-        raise ValueError(f"per-feature sample counts must lie in [0, num_samples = {num_samples}], num_samples >= 1")
-    return np.unique(counts[counts > 0], return_counts=True)
-
-
-def _sizes(sizes: Sequence[int] | Int[np.ndarray, " sizes"], num_samples: int) -> list[int]:
-    checked = [int(size) for size in sizes]
-    if checked and (min(checked) < 0 or max(checked) > num_samples):
-        raise ValueError(f"subset sizes must lie in [0, {num_samples}], got {min(checked)} to {max(checked)}")
-    return checked
-
-
-def _log_absent(counts: Int[np.ndarray, " counts"], num_samples: int, size: int) -> Float[np.ndarray, " counts"]:
-    """log of C(N - N_i, n) / C(N, n): that none of the N_i samples with the feature is among the n drawn."""
-    rest = num_samples - counts
-    fits = rest >= size  # else fewer than n samples lack the feature, and the subset must hold it
-    rest = np.where(fits, rest, size)
-    log_ratio = (
-        gammaln(rest + 1) - gammaln(rest - size + 1) - gammaln(num_samples + 1) + gammaln(num_samples - size + 1)
-    )
-    return np.where(fits, np.minimum(log_ratio, 0.0), -np.inf)
-
-
-def _chao2_variance(q1: int, q2: int, shrink: float, estimate: float) -> float:
-    """Chao 1987, equation 13; where Q2 = 0, of the bias-corrected form (Colwell, EstimateS, appendix B)."""
-    if q2:
-        ratio = q1 / q2
-        return q2 * (shrink / 2 * ratio**2 + shrink**2 * ratio**3 + shrink**2 / 4 * ratio**4)
-    return shrink * q1 * (q1 - 1) / 2 + shrink**2 * q1 * (2 * q1 - 1) ** 2 / 4 - shrink**2 * q1**4 / (4 * estimate)

@@ -26,7 +26,7 @@ from fac_ray.reduction import save_coverage
 from fac_ray.report import build_report, render_report
 from fac_ray.report.charts import Part, Series, axis_ticks, dot_chart, element, line_chart, stacked_bar
 from fac_ray.report.numbers import plain
-from fac_ray.report.page import drawn_samples, tone_of
+from fac_ray.report.page import MEASURES, diversity_rows, drawn_samples, tone_of
 from fac_ray.report.words import clip, duration, marked, percent
 from fac_ray.schema import ACTIVATIONS, CANDIDATES, FEATURES, GAPS, SAMPLES, SYNTHETIC, content_id
 
@@ -38,6 +38,7 @@ ROWS = {
     "untargeted": [{3: 0.2}, {0: 1.0}],
 }
 TEXTS = ["Please send the refund <b>today</b>.", "The parcel went to my old address."]
+BAND = ("low", "expected_features", "high")
 HOSTILE = "<script>alert('hello')</script> where is my parcel"
 
 
@@ -148,6 +149,22 @@ def write_evaluation(folder: Path) -> None:
     write_json(folder / "truth" / "truth.json", {"precision": 0.75, "recall": 0.5, "withheld": 4})
 
 
+def write_extras(folder: Path) -> None:
+    """Diversity of two corpora, of which the seed is more diverse by every measure, and what resampling found."""
+    finish(folder / "resampling")
+    bootstrap = {"coverage": 0.4, "std": 0.1, "low": 0.2, "high": 0.6, "design_effect": 1.5, "num_replicates": 1000}
+    test = {"first": "seed", "second": "anchor", "features": "relevant", "num_features": 6}
+    test |= {"difference": -0.25, "null_mean": -0.05, "p_value": 0.01, "num_permutations": 999}
+    write_json(folder / "resampling" / "resampling.json", {"bootstrap": {"seed": bootstrap}, "permutation": [test]})
+    for name, value in (("anchor", 0.25), ("seed", 0.5)):
+        numbers = {measure.key: value for measure in MEASURES}
+        numbers["self_bleu_4"] = 1 - value
+        numbers["pos_distinct_2"] = None
+        finish(folder / "diversity" / name)
+        sizes = {"sample_size": 3, "num_samples": 4}
+        write_json(folder / "diversity" / name / "diversity.json", {**sizes, **numbers, "at_sample": numbers})
+
+
 @pytest.fixture
 def run(tmp_path):
     """A whole finished run."""
@@ -156,6 +173,7 @@ def run(tmp_path):
     write_gaps(tmp_path)
     write_synthesis(tmp_path)
     write_evaluation(tmp_path)
+    write_extras(tmp_path)
     machine = {"cores": 2, "memory_bytes": 4 * 2**30}
     manifest = {"started_at": "2026-01-02T03:04:05Z", "versions": {"fac-ray": "0.1.0"}, "machine": machine}
     write_json(tmp_path / "manifest.json", manifest)
@@ -213,10 +231,14 @@ def test_rarefaction_compares_corpora_at_equal_size(run):
     """One anchor sample shows (2 + 2 + 1 + 1 + 1) / 4 features; three show 2 + 3 * 3/4 of the 5. The seed has 3."""
     numbers = build_report(run, config_of(run))["rarefaction"]
     curve = numbers["curves"]["anchor"]
-    assert dict(zip(curve["num_samples"], curve["expected_features"], strict=True)) == pytest.approx(
+    expected = dict(zip(curve["num_samples"], curve["expected_features"], strict=True))
+    assert {size: expected[size] for size in range(5)} == pytest.approx(
         {0: 0, 1: 1.75, 2: 19 / 6, 3: 4.25, 4: 5}, abs=1e-4
     )
-    assert numbers["curves"]["seed+targeted"]["expected_features"][-1] == pytest.approx(4)
+    assert (curve["num_samples"][-1], curve["measured_samples"], expected[8]) == (8, 4, 5)
+    assert all(low <= mean <= high for low, mean, high in zip(*(curve[key] for key in BAND), strict=True))
+    pooled = numbers["curves"]["seed+targeted"]
+    assert pooled["expected_features"][pooled["num_samples"].index(5)] == pytest.approx(4)
     matched = numbers["matched"]
     assert (matched["num_samples"], matched["num_tokens"]) == (3, 30)
     assert matched["at_samples"]["anchor"] == pytest.approx(4.25 / 5)
@@ -230,6 +252,37 @@ def test_every_fac_comes_with_its_interval_its_unseen_and_its_null(run):
     assert low <= report["fac"]["seed"] <= high
     assert report["unseen"]["seed"]["observed"] == 2
     assert report["random_feature_null"]["seed"]["num_sets"] == 1000
+
+
+def test_diversity_and_resampling_are_reported_as_they_were_found(run):
+    report = build_report(run, config_of(run))
+    assert list(report["diversity"]) == ["anchor", "seed"]
+    assert report["diversity"]["seed"]["at_sample"]["distinct_1"] == 0.5
+    assert report["bootstrap"]["seed"]["design_effect"] == 1.5
+    assert report["permutation"][0]["p_value"] == 0.01
+    text = " ".join(Page(render_report(report)).text.split())
+    assert "Seed less anchor: \N{MINUS SIGN}0.250 of the 6 relevant features that either has" in text
+    assert "20 % to 60 %" in text
+    assert "3 random samples of each corpus" in text
+
+
+def test_the_most_diverse_corpus_is_named_by_the_direction_of_each_measure(run):
+    """Self-BLEU is lower for the seed, all else higher; lengths have no direction; a measure of nothing has no row."""
+    rows = diversity_rows(build_report(run, config_of(run))["diversity"])
+    most = {measure.key: name for measure, _, name in rows}
+    assert "pos_distinct_2" not in most
+    assert most.pop("mean_words") is None
+    assert set(most.values()) == {"seed"}
+    same = diversity_rows({name: dict.fromkeys(most, 0.5) | {"mean_words": 1, "pos_distinct_2": 1} for name in "ab"})
+    assert {name for _, _, name in same} == {None}
+
+
+def test_samples_of_different_size_are_said_to_tilt_the_comparison(run):
+    report = build_report(run, config_of(run))
+    report["diversity"]["seed"]["sample_size"] = 2
+    text = " ".join(Page(render_report(report)).text.split())
+    assert "differ in size" in text
+    assert "Random samples of each corpus (3, 2)" in text
 
 
 def test_a_gap_carries_what_was_tried_and_what_filled_it(run):
@@ -425,6 +478,17 @@ def test_a_line_chart_draws_to_scale_and_names_every_value():
     assert 'points="56,244 259,128 462,12"' in svg
     assert [f"<title>seed: {note}</title>" in svg for note in "abc"] == [True] * 3
     assert 'aria-label="a &lt;chart&gt;"' in svg
+
+
+def test_a_line_goes_on_thin_where_it_is_extrapolated_and_has_its_band():
+    """The band of the middle point, 0.25 to 0.75, lies at 186 and 70 on the drawing."""
+    band = [(0, 0), (0.25, 0.75), (0.5, 1)]
+    svg = line_chart(
+        [Series("seed", "seed", [0, 2, 4], [0, 0.5, 1], ["a", "b", "c"], band, 2)], "t", "x", "y", y_high=1
+    )
+    assert 'points="56,244 259,128" class="line"' in svg
+    assert 'points="259,128 462,12" class="line beyond"' in svg
+    assert 'points="56,244 259,70 462,12 462,128 259,186 56,244" class="spread"' in svg
 
 
 def test_a_dot_chart_names_every_value_and_its_spread():

@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fac_ray.coverage import CorpusCoverage
-from fac_ray.statistics import (
-    chao2,
-    coverage_interval,
-    matched_coverage,
-    random_feature_null,
-    rarefaction,
-    rarefaction_std,
-)
+from fac_ray.richness import chao2, extrapolation, extrapolation_std, rarefaction, rarefaction_std, richness_curve
+from fac_ray.statistics import coverage_interval, matched_coverage, random_feature_null
 
 
 def corpus(counts, num_samples, num_tokens=100):
@@ -78,6 +72,133 @@ def test_chao2_without_doubletons_uses_the_bias_corrected_form():
     result = chao2(np.array([1, 1, 1, 4]), 4)
     assert result.estimate == pytest.approx(6.25)
     assert result.std**2 == pytest.approx(2.25 + 10.546875 - 1.8225)
+
+
+# ---- against published implementations ----
+# Ants of three Costa Rican elevations (Longino and Colwell, Ecosphere 2 (2011) art29; data set `ant` of the R package
+# iNEXT, revision 27ac034): plots, and how many species occur in so many plots; the species data of Colwell et al. 2012.
+# Figures by vegan 2.6-4 (`specpool`; `specaccum(method = "exact", conditioned = FALSE, gamma = "chao")`) and, beyond
+# the sample, by iNEXT (`TD.m.est_inc` at order 0; `ChaoRichness` for the interval, which it prints with 3 decimals).
+ANTS = {
+    "1500 m": (
+        200,
+        {1: 13, 2: 4, 3: 2, 4: 2, 5: 4, 6: 2, 9: 4, 11: 2, 17: 2, 23: 2, 25: 3}
+        | dict.fromkeys([18, 19, 24, 29, 30, 32, 33, 43, 50, 53, 73, 74, 76, 79, 113, 144], 1),
+    ),
+    "2000 m": (200, {1: 1, 2: 2, 8: 2} | dict.fromkeys([3, 4, 13, 15, 19, 23, 34, 59, 80], 1)),
+}
+SIZES = [1, 10, 50, 100, 150, 200]
+VEGAN = {
+    "1500 m": (
+        [5.85, 24.45947295, 40.87553404, 47.98264313, 52.46306525, 56],
+        [1.174250294, 3.120902730, 3.671659416, 3.689373904, 3.744081584, 3.909344271],
+        (77.019375, 16.35285034),
+    ),
+    "2000 m": (
+        [1.355, 6.480085118, 11.167298127, 12.811923359, 13.608381496, 14],
+        [0.4280418639, 1.2226183436, 1.0337360147, 0.7046020971, 0.5387806636, 0.4943757722],
+        (14.24875, 0.7260816285),
+    ),
+}
+INEXT = {
+    "1500 m": ([61.58367065, 65.68407275, 67.60097574], (61.458, 136.949)),
+    "2000 m": ([14.21475094, 14.24410302, 14.24734203], (14.013, 18.716)),
+}
+
+
+def ants(site):
+    num_samples, frequencies = ANTS[site]
+    return np.repeat(list(frequencies), list(frequencies.values())), num_samples
+
+
+@pytest.mark.parametrize("site", ANTS)
+def test_rarefaction_and_its_error_are_those_of_vegan(site):
+    expected, errors, _ = VEGAN[site]
+    assert rarefaction(*ants(site), SIZES) == pytest.approx(expected, rel=1e-8)
+    assert rarefaction_std(*ants(site), SIZES) == pytest.approx(errors, rel=1e-8)
+
+
+@pytest.mark.parametrize("site", ANTS)
+def test_chao2_is_that_of_vegan_and_its_interval_that_of_inext(site):
+    result = chao2(*ants(site))
+    assert (result.estimate, result.std) == pytest.approx(VEGAN[site][2], rel=1e-8)
+    assert (result.low, result.high) == pytest.approx(INEXT[site][1], abs=5e-4)
+
+
+@pytest.mark.parametrize("site", ANTS)
+def test_extrapolation_is_that_of_inext(site):
+    assert extrapolation(*ants(site), [300, 400, 460]) == pytest.approx(INEXT[site][0], rel=1e-8)
+
+
+# ---- extrapolation by its own laws ----
+
+
+def test_extrapolation_by_hand():
+    # N = 10, Q1 = 4, Q2 = 2: Q0 = 0.9 * 16 / 4 = 3.6, w = 1 - 4 / (36 + 4) = 0.9; one more sample adds 0.36
+    counts = np.array([1, 1, 1, 1, 2, 2, 5, 6, 10])
+    assert extrapolation(counts, 10, [10, 11, 12, 10_000]) == pytest.approx([9, 9.36, 9 + 3.6 * 0.19, 12.6])
+    with pytest.raises(ValueError, match="at least num_samples = 10, got 9"):
+        extrapolation(counts, 10, [9])
+
+
+@pytest.mark.parametrize("rare", [(9, 4), (5, 0)])
+def test_the_error_of_extrapolation_follows_the_delta_method(rare):
+    """Equation 19 with the derivatives taken numerically, Q1 and Q2 as real numbers."""
+    (q1, q2), num_samples, rest, added = rare, 40, 7, 25
+
+    def expected(a, b, others):
+        unseen = 39 / 40 * (a * a / (2 * b) if q2 else a * (a - 1) / 2)
+        return a + b + others + unseen * (1 - (1 - a / (num_samples * unseen + a)) ** added)
+
+    frequencies, step = np.array([q1, q2, rest], float), 1e-5
+    slopes = np.array(
+        [(expected(*(frequencies + step * e)) - expected(*(frequencies - step * e))) / (2 * step) for e in np.eye(3)]
+        if q2
+        else [
+            (expected(q1 + step, 0, rest) - expected(q1 - step, 0, rest)) / (2 * step),
+            0,
+            1,
+        ]
+    )
+    counts = np.repeat([1, 2, 20], [q1, q2, rest])
+    estimate = chao2(counts, num_samples).estimate
+    variance = slopes**2 @ frequencies - (slopes @ frequencies) ** 2 / estimate
+    error = extrapolation_std(counts, num_samples, [num_samples + added])[0]
+    assert error == pytest.approx(math.sqrt(variance), rel=1e-6)
+
+
+def test_a_corpus_without_rare_features_does_not_grow():
+    assert extrapolation(np.array([4, 5]), 5, [5, 50]).tolist() == [2, 2]
+    assert extrapolation_std(np.array([4, 5]), 5, [5, 50]).tolist() == [0, 0]
+    assert extrapolation_std(np.array([0, 0]), 5, [5, 50]).tolist() == [0, 0]
+
+
+def test_the_curve_goes_on_smoothly_where_it_is_extrapolated_and_stays_below_the_number_of_features():
+    counts, num_samples = ants("1500 m")
+    curve = richness_curve(np.r_[counts, [0] * 10], num_samples, [199, 200, 201, 100_000])
+    steps = np.diff(curve.expected[:3])
+    assert steps[1] == pytest.approx(steps[0], rel=0.02)
+    assert (curve.low <= curve.expected).all()
+    assert curve.expected[-1] == curve.high[-1] == 66
+    inside = rarefaction_std(counts, num_samples, [200])
+    assert extrapolation_std(counts, num_samples, [200]) == pytest.approx(inside)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(12, 60))
+def test_a_curve_never_falls_and_its_band_holds_it(counts, num_samples):
+    curve = richness_curve(np.array(counts), num_samples, range(0, 3 * num_samples, 5))
+    assert (np.diff(curve.expected) >= -1e-9).all()
+    assert (curve.low <= curve.expected + 1e-9).all()
+    assert (curve.expected <= curve.high + 1e-9).all()
+
+
+def test_extrapolation_foretells_the_larger_corpus_of_equally_rare_features():
+    rng = np.random.default_rng(2)
+    draws = rng.random((200, 300, 200)) < 0.004  # corpora, features, samples
+    seen = draws[:, :, :100].sum(axis=2)
+    foretold = [extrapolation(counts, 100, [200])[0] for counts in seen]
+    assert np.mean(foretold) == pytest.approx(draws.any(axis=2).sum(axis=1).mean(), rel=0.03)
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [3, 4, 0], [1, 4]])

@@ -18,13 +18,18 @@ ROW_HEIGHT = 44
 
 
 class Series(NamedTuple):
-    """One line of a chart; `tone` is a CSS class suffix, `notes` one text for each point."""
+    """One line of a chart; `tone` is a CSS class suffix, `notes` one text for each point.
+
+    `band` has a low and a high for each point, or nothing. From the point number `solid` on, the line is drawn thin.
+    """
 
     name: str
     tone: str
     xs: Sequence[float]
     ys: Sequence[float]
     notes: Sequence[str]
+    band: Sequence[tuple[float, float]] = ()
+    solid: int | None = None
 
 
 class Part(NamedTuple):
@@ -74,7 +79,8 @@ def line_chart(
     """Lines over a shared x axis, both axes from zero; `y_high` fixes the top of the y axis, `points` shows each value
     as a dot and not only under the pointer."""
     x_ticks = axis_ticks(0, max((x for s in series for x in s.xs), default=1))
-    y_ticks = axis_ticks(0, y_high or max((y for s in series for y in s.ys), default=1))
+    tops = [y for s in series for y in (*s.ys, *(high for _, high in s.band))]
+    y_ticks = axis_ticks(0, y_high or max(tops, default=1))
     x, y = _scale_x(x_ticks, LEFT), Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     return _figure(
         title,
@@ -83,6 +89,7 @@ def line_chart(
         *(_x_tick(x.at(tick), HEIGHT - BOTTOM, f"{tick:,g}") for tick in x_ticks),
         _x_label(x_label, HEIGHT),
         element("text", y_label, x=-(TOP + HEIGHT - BOTTOM) / 2, y=13, transform="rotate(-90)", class_="label"),
+        *(_spread(s, x, y) for s in series if s.band),
         *(_line(s, x, y, "point shown" if points else "point") for s in series),
     )
 
@@ -169,12 +176,28 @@ def _x_label(text: str, height: float) -> Markup:
 
 def _line(series: Series, x: Scale, y: Scale, point: str) -> Markup:
     places = [(x.at(a), y.at(b)) for a, b in zip(series.xs, series.ys, strict=True)]
-    path = element("polyline", points=" ".join(f"{a:g},{b:g}" for a, b in places), class_="line")
+    last = len(places) if series.solid is None else series.solid
+    path = element("polyline", points=_points(places[:last]), class_="line")
+    if last < len(places):
+        path += element("polyline", points=_points(places[last - 1 :]), class_="line beyond")
+        path += element("circle", cx=places[last - 1][0], cy=places[last - 1][1], r=3.5, class_="point shown")
     points = (
         element("circle", element("title", f"{series.name}: {note}"), cx=a, cy=b, r=3.5, class_=point)
         for (a, b), note in zip(places, series.notes, strict=True)
     )
     return element("g", path, *points, class_=_tone(series.tone))
+
+
+def _spread(series: Series, x: Scale, y: Scale) -> Markup:
+    lows, highs = (
+        [(x.at(a), y.at(pair[side])) for a, pair in zip(series.xs, series.band, strict=True)] for side in (0, 1)
+    )
+    area = element("polygon", points=_points([*highs, *reversed(lows)]), class_="spread")
+    return element("g", area, class_=_tone(series.tone))
+
+
+def _points(places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{a:g},{b:g}" for a, b in places)
 
 
 def _dots(row: Series, mean: float, std: float | None, x: Scale, middle: float) -> Markup:

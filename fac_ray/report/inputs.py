@@ -17,9 +17,9 @@ from fac_ray.config import RunConfig
 from fac_ray.reduction import CorpusCoverage, load_coverage
 
 SYNTHETIC_CORPORA = ("targeted", "untargeted")
-CORPUS_STAGES = ("samples", "activations", "coverage")
+CORPUS_STAGES = ("samples", "activations", "coverage", "diversity")
 BEFORE_SYNTHESIS = ("relevance", "gaps", "truth", "synthesis")
-AFTER_SYNTHESIS = ("training", "evaluation")
+AFTER_SYNTHESIS = ("training", "evaluation", "resampling")
 CANDIDATE_COLUMNS = ["candidate_id", "feature_id", "step", "attempt", "text", "activation", "status", "reason"]
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ class RunInputs:
     candidates: pa.Table | None
     evaluation: dict[str, Any]
     truth: dict[str, Any] | None
+    diversity: dict[str, dict[str, Any]]
+    """Corpus to its diversity measures, in the order of `markers`."""
+    resampling: dict[str, Any]
+    """The sections `bootstrap` and `permutation`, as far as they are there."""
     manifest: dict[str, Any]
 
     @property
@@ -72,6 +76,8 @@ def read_inputs(folder: Path, config: RunConfig) -> RunInputs:
         candidates=_table(folder / "synthesis" / "candidates", synthesis, CANDIDATE_COLUMNS),
         evaluation=_json(folder / "evaluation" / "arms.json", "evaluation" in markers) or {},
         truth=_json(folder / "truth" / "truth.json", "truth" in markers),
+        diversity=_diversity(folder, markers),
+        resampling=_json(folder / "resampling" / "resampling.json", "resampling" in markers) or {},
         manifest=_json(folder / "manifest.json") or {},
     )
 
@@ -100,6 +106,12 @@ def _coverage(folder: Path, names: list[str], config: RunConfig) -> dict[str, Co
     for name in sorted(set(loaded) - set(current)):
         logger.warning("report: coverage/%s was counted at other thresholds and is left out", name)
     return current
+
+
+def _diversity(folder: Path, markers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    names = [name for name in markers if name.startswith("diversity/")]
+    found = {name.removeprefix("diversity/"): _json(folder / name / "diversity.json") for name in names}
+    return {name: numbers for name, numbers in found.items() if numbers is not None}
 
 
 def _table(path: Path, finished: bool, columns: list[str] | None = None) -> pa.Table | None:

@@ -34,6 +34,8 @@ def build_report(run_folder: Path, config: RunConfig) -> dict[str, Any]:
         "arms": inputs.evaluation.get("arms"),
         "comparisons": inputs.evaluation.get("comparisons"),
         "truth": inputs.truth,
+        "diversity": inputs.diversity or None,
+        **inputs.resampling,
     }
     present = {name: section for name, section in optional.items() if section is not None}
     numbers = {**_identity(inputs), **fac_numbers(inputs), **richness_numbers(inputs), **present}

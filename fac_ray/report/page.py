@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -33,6 +33,31 @@ SWEEP_LINES = {
 FAC_KEYS = {"anchor": "anchor", "seed": "seed", "seed+untargeted": "untargeted", "seed+targeted": "final"}
 """Corpus of the rarefaction curves to its key in `fac`."""
 
+
+class Measure(NamedTuple):
+    """A row of the diversity table."""
+
+    key: str
+    name: str
+    meaning: str
+    better: str
+    """`high` or `low`: which way is more diverse; empty where neither is."""
+    digits: int = 3
+
+
+MEASURES = (
+    Measure("mean_words", "Words per sample", "Words and signs of a sample, on average.", "", 1),
+    Measure("distinct_1", "Distinct-1", "Different words / words.", "high"),
+    Measure("distinct_2", "Distinct-2", "Different pairs of neighbouring words / such pairs.", "high"),
+    Measure("unigram_entropy", "Word entropy", "Entropy of the words' shares, in nats.", "high", 2),
+    Measure("bigram_entropy", "Word pair entropy", "Entropy of the shares of neighbouring pairs, in nats.", "high", 2),
+    Measure("self_bleu_4", "Self-BLEU-4", "How much of a sample stands in the others, up to four words.", "low"),
+    Measure("pos_distinct_2", "POS Distinct-2", "Different pairs of parts of speech / such pairs.", "high", 4),
+    Measure("mean_cosine_distance", "Cosine distance", "Mean over all pairs of samples of 1 - cosine.", "high"),
+    Measure("cluster_entropy", "Cluster entropy", "How evenly the samples fill the clusters, in nats.", "high", 2),
+    Measure("vendi_score", "Vendi score", "Effective number of different samples.", "high", 1),
+)
+
 GAPS_SHOWN, GAPS_LISTED = 20, 400
 """Missing features in the open table, and together with the folded one; report.json has them all."""
 
@@ -47,11 +72,16 @@ def render_report(report: dict[str, Any]) -> str:
         "arms": arms_chart(report),
         "times": time_bars(report),
     }
+    diversity = report.get("diversity") or {}
     template = _environment().get_template("page.html.jinja")
     return template.render(
         report=report,
         charts=charts,
         headline=sentence(report),
+        diversity={
+            "at_sample": diversity_rows({name: one["at_sample"] for name, one in diversity.items()}),
+            "whole": diversity_rows(diversity),
+        },
         fac_keys=FAC_KEYS,
         shown=GAPS_SHOWN,
         most=GAPS_LISTED,
@@ -78,7 +108,7 @@ def rarefaction_chart(report: dict[str, Any]) -> dict[str, Any]:
     numbers = report.get("rarefaction")
     if not numbers:
         return {}
-    lengths = {name: curve["num_samples"][-1] for name, curve in numbers["curves"].items()}
+    lengths = {name: curve["measured_samples"] for name, curve in numbers["curves"].items()}
     longest, limit = max(lengths, key=lambda name: lengths[name]), drawn_samples(list(lengths.values()))
     lines = [_curve_line(name, tone_of(name, lengths), limit, curve) for name, curve in numbers["curves"].items()]
     title = "Expected number of features covered by a random part of each corpus, by number of samples"
@@ -106,6 +136,18 @@ def sweep_chart(report: dict[str, Any]) -> dict[str, Any]:
         lines = [_active_line(rows, name) for name in rows[0]["active_features"]]
         svg = line_chart(lines, "Active features by threshold", "threshold", "active features", points=True)
     return {"lines": lines, "svg": svg}
+
+
+def diversity_rows(corpora: dict[str, dict[str, Any]]) -> list[tuple[Measure, dict[str, float | None], str | None]]:
+    """Each measure with its value for every corpus and the name of the most diverse one, if one stands out."""
+    rows = []
+    for measure in MEASURES:
+        values = {name: numbers[measure.key] for name, numbers in corpora.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        best = (max if measure.better == "high" else min)(known.values(), default=None)
+        most = [name for name, value in known.items() if value == best]
+        rows.append((measure, values, most[0] if measure.better and len(most) == 1 < len(known) else None))
+    return [row for row in rows if any(value is not None for value in row[1].values())]
 
 
 def candidates_bar(report: dict[str, Any]) -> dict[str, Any]:
@@ -174,10 +216,15 @@ def _listed(parts: list[Part]) -> str:
 
 
 def _curve_line(name: str, tone: str, limit: int, curve: dict[str, Any]) -> Series:
-    pairs = zip(curve["num_samples"], curve["expected_features"], strict=True)
-    shown = [(samples, features) for samples, features in pairs if samples <= limit]
-    notes = [f"{features:,.1f} features in {plural(samples, 'sample')}" for samples, features in shown]
-    return Series(name, tone, [samples for samples, _ in shown], [features for _, features in shown], notes)
+    num_shown = sum(samples <= limit for samples in curve["num_samples"])
+    xs, ys, lows, highs = (curve[key][:num_shown] for key in ("num_samples", "expected_features", "low", "high"))
+    notes = [
+        f"{mean:,.1f} features ({low:,.1f} to {high:,.1f}) in {plural(samples, 'sample')}"
+        f"{', extrapolated' if samples > curve['measured_samples'] else ''}"
+        for samples, mean, low, high in zip(xs, ys, lows, highs, strict=True)
+    ]
+    solid = sum(samples <= curve["measured_samples"] for samples in xs)
+    return Series(name, tone, xs, ys, notes, list(zip(lows, highs, strict=True)), solid)
 
 
 def _sweep_line(rows: list[dict[str, Any]], key: str, name: str, tone: str) -> Series:

@@ -17,9 +17,10 @@ from jaxtyping import Bool, Int
 from fac_ray.coverage import CorpusCoverage
 from fac_ray.report.fac import active_sets, measured_sets
 from fac_ray.report.inputs import RunInputs
-from fac_ray.statistics import chao2, coverage_interval, matched_coverage, random_feature_null, rarefaction
+from fac_ray.richness import chao2, richness_curve
+from fac_ray.statistics import coverage_interval, matched_coverage, random_feature_null
 
-NUM_POINTS = 33
+NUM_POINTS, NUM_BEYOND = 33, 9
 
 
 def richness_numbers(inputs: RunInputs) -> dict[str, Any]:
@@ -60,8 +61,10 @@ def pooled(first: CorpusCoverage, second: CorpusCoverage) -> CorpusCoverage:
 
 
 def curve_sizes(num_samples: int) -> Int[np.ndarray, " sizes"]:
-    """Up to `NUM_POINTS` corpus sizes from 0 to all, closer together where curves are steep."""
-    return np.unique(np.rint(np.linspace(0, 1, NUM_POINTS) ** 2 * num_samples).astype(np.int64))
+    """Up to `NUM_POINTS` corpus sizes from 0 to all, closer together where curves are steep, and a few to twice all."""
+    inside = np.linspace(0, 1, NUM_POINTS) ** 2
+    beyond = np.linspace(1, 2, NUM_BEYOND)
+    return np.unique(np.rint(np.concatenate([inside, beyond]) * num_samples).astype(np.int64))
 
 
 def _counted(inputs: RunInputs) -> tuple[dict[str, CorpusCoverage], Bool[np.ndarray, " d_sae"]]:
@@ -93,10 +96,16 @@ def _rarefaction(
     }
 
 
-def _curve(one: CorpusCoverage, target: Bool[np.ndarray, " d_sae"], threshold: float) -> dict[str, list[float]]:
-    sizes = curve_sizes(one.num_samples)
-    expected = rarefaction(one.counts(threshold)[target], one.num_samples, sizes)
-    return {"num_samples": sizes.tolist(), "expected_features": np.round(expected, 4).tolist()}
+def _curve(one: CorpusCoverage, target: Bool[np.ndarray, " d_sae"], threshold: float) -> dict[str, Any]:
+    """`expected_features` with its 95 % band by `num_samples`; beyond the corpus's own size it is extrapolated."""
+    curve = richness_curve(one.counts(threshold)[target], one.num_samples, curve_sizes(one.num_samples))
+    return {
+        "num_samples": curve.num_samples.tolist(),
+        "measured_samples": one.num_samples,
+        "expected_features": np.round(curve.expected, 4).tolist(),
+        "low": np.round(curve.low, 4).tolist(),
+        "high": np.round(curve.high, 4).tolist(),
+    }
 
 
 def _random_null(inputs: RunInputs, target: Bool[np.ndarray, " d_sae"]) -> dict[str, dict[str, float]]:
