@@ -226,16 +226,18 @@ class SaeTrainingConfig(Section):
             raise ValueError(f"architecture {self.architecture} has no `k`; its sparsity is set by `l1_coefficient`")
         if has_k and self.l1_coefficient is not None:
             raise ValueError(f"architecture {self.architecture} has no `l1_coefficient`; its sparsity is set by `k`")
-        if has_k and self.active_features > self.d_sae:
-            raise ValueError(f"`k` {self.active_features} is more than the {self.d_sae} features of `d_sae`")
+        if has_k and self.sparsity["k"] > self.d_sae:
+            raise ValueError(f"`k` {self.sparsity['k']:g} is more than the {self.d_sae} features of `d_sae`")
         if not self.batch_tokens <= min(self.buffer_tokens, self.num_tokens):
             raise ValueError(f"`batch_tokens` {self.batch_tokens} is more than `buffer_tokens` or `num_tokens`")
         return self
 
     @property
-    def active_features(self) -> int:
-        """k, with its default filled in."""
-        return 16 if self.k is None else self.k
+    def sparsity(self) -> dict[str, float]:
+        """What sets the architecture's sparsity, by its key, with the default filled in."""
+        if self.architecture in ("standard", "gated"):
+            return {"l1_coefficient": 1.0 if self.l1_coefficient is None else self.l1_coefficient}
+        return {"k": 16 if self.k is None else self.k}
 
     @property
     def num_steps(self) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
+import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,10 +76,12 @@ def main(folder: Path, steps: int, threads: int, keep_model: bool) -> None:
         model.config.use_cache = model.generation_config.use_cache = True
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-    with tempfile.TemporaryDirectory() as scratch, ray_session():
-        tree = {"sae.path": folder / "sae", "model.path": folder / "model"}
-        config = sae_config(Path(scratch), [f"{key}={json.dumps(str(path))}" for key, path in tree.items()])
-        sae = train_sae(config)
+    scratch = folder / "sae_run"
+    with ray_session():
+        sae = train_sae(sae_config(scratch, [f"model.path={json.dumps(str(folder / 'model'))}"]))
+    shutil.rmtree(folder / "sae", ignore_errors=True)
+    os.replace(scratch / "sae", folder / "sae")
+    shutil.rmtree(scratch)
     sae_facts = SAE_RECIPE | sae["figures"] | sae["training"]
     write_card(folder, model_facts, sae_facts, measure_concepts(folder))
 

@@ -94,7 +94,7 @@ def _training(tree: dict[str, Any], texts: Path, work: Path, folder: Path, ident
     config, started_s = RunConfig.model_validate(tree), time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))  # the other half is for the backbones
     training, checkpoints, length = config.sae_training, work / "checkpoints", len(Texts(texts))
     with _locked(work / ".trainer.lock", PATIENCE_S):
         state, seconds = load_stream_state(checkpoints) if has_checkpoint(checkpoints) else (None, 0.0)
@@ -155,16 +155,18 @@ def _publish(config: RunConfig, sae: Any, texts: Path, folder: Path, card: dict[
     described = {
         "model": {"name": Path(config.model.path).name, "hook_layer": config.model.hook_layer},
         "figures": figures,
-        "recipe": config.sae_training.model_dump(mode="json") | {"k": _k_of(config)},
+        "recipe": _recipe(config),
         "corpora": {name: corpus.path for name, corpus in config.corpora.items()},
     }
     write_card(part, card | described)
     os.rename(part, folder)
 
 
-def _k_of(config: RunConfig) -> int | None:
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """The settings on which the weights depend, with defaults filled in and without what the architecture lacks."""
     training = config.sae_training
-    return None if training.architecture in ("standard", "gated") else training.active_features
+    settings = training.model_dump(mode="json", exclude={"num_actors", "checkpoint_tokens", "k", "l1_coefficient"})
+    return settings | training.sparsity
 
 
 def _total_tokens(config: RunConfig) -> int:
@@ -181,7 +183,7 @@ def _identity(config: RunConfig) -> str:
         model=[config.model.model_dump(), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]],
         corpora={name: source_fingerprint(corpus) for name, corpus in config.corpora.items()},
         max_rejected_fraction=config.run.max_rejected_fraction,
-        recipe=config.sae_training.model_dump(exclude={"num_actors", "checkpoint_tokens"}),
+        recipe=_recipe(config),
     )
 
 

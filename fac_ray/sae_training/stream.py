@@ -92,7 +92,7 @@ def residual_blocks(
 
 
 def plan_stream(config: RunConfig, trainer_gpus: float) -> Pool:
-    """The pool of backbones beside a trainer that takes `trainer_gpus`.
+    """The pool of backbones beside a trainer that takes `trainer_gpus`, or without GPUs half of each core.
 
     Raises:
         ConfigError: the cluster has too few CPUs.
@@ -102,7 +102,8 @@ def plan_stream(config: RunConfig, trainer_gpus: float) -> Pool:
     if gpus := cluster.get("GPU", 0.0) - trainer_gpus:
         cluster, num_actors = cluster | {"GPU": gpus}, num_actors or max(1, int(gpus))
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    return plan_pool(num_actors, MAX_GROUPS, cluster, num_nodes, os.cpu_count() or 1)
+    pool = plan_pool(num_actors, MAX_GROUPS, cluster, num_nodes, os.cpu_count() or 1)
+    return pool if pool.num_threads is None else pool._replace(num_threads=max(1, pool.num_threads // 2))
 
 
 def content_residual(

@@ -135,15 +135,12 @@ def _sparsity(training: SaeTrainingConfig) -> dict[str, Any]:
     num_warmup = training.num_steps // 4
     match training.architecture:
         case "topk" | "batch-topk":
-            return {"k": training.active_features}
+            return training.sparsity
         case "jumprelu":
             return {
                 "jumprelu_sparsity_loss_mode": "quadratic",
-                "target_l0": float(training.active_features),
+                "target_l0": float(training.sparsity["k"]),
                 "l0_warm_up_steps": num_warmup,
             }
         case _:
-            return {
-                "l1_coefficient": 1.0 if training.l1_coefficient is None else training.l1_coefficient,
-                "l1_warm_up_steps": num_warmup,
-            }
+            return {**training.sparsity, "l1_warm_up_steps": num_warmup}
