@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 DEFAULT_FOLDER = "runs/reference"
+DEFAULT_SAE_FOLDER = "runs/reference-sae"
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -135,6 +136,35 @@ def report(**options: Any) -> None:
     carry_out("report", **options)
 
 
+@main.group()
+def sae() -> None:
+    """An SAE of your own, where there is none to load."""
+
+
+@sae.command("train")
+@click.option("--config", "path", metavar="FILE", help="A run's YAML file. Without it: the embedded world.")
+@click.option("--set", "overrides", multiple=True, metavar="a.b=v", help="Set one key; may be repeated.")
+@click.option("--folder", metavar="DIR", help=f"Embedded world: where to write [{DEFAULT_SAE_FOLDER}].")
+@click.option("--verbose", is_flag=True, help="Show Ray's own output, and tracebacks.")
+def sae_train(path: str | None, overrides: tuple[str, ...], folder: str | None, verbose: bool) -> None:
+    """Train the SAE at `sae.path` on the texts of the corpora, and measure it.
+
+    \b
+    Example: fac-ray sae train --config my.yaml --set sae_training.d_sae=16384 --set sae_training.k=32
+    """
+    _log_to_stderr(verbose)
+    with reported(verbose):
+        config = _sae_config(path, overrides, folder)
+        from fac_ray.sae_training import train_sae
+        from fac_ray.session import ray_session
+
+        with ray_session(verbose):
+            card = train_sae(config)
+        for name, value in card["figures"].items():
+            click.echo(f"{name:<24}{'not measured' if value is None else value}")
+        click.echo(f"\nSAE and card: {config.sae.path}")
+
+
 @main.command()
 @click.option("--folder", default=".", metavar="DIR", help="Where runs will be written.")
 @click.option("--deep", is_flag=True, help="Also start a vLLM and a DeepSpeed engine (minutes).")
@@ -200,6 +230,16 @@ def config_of(path: str | None, overrides: tuple[str, ...], folder: str | None, 
         write_world(world.begin(), seed)
         world.finish()
     return config
+
+
+def _sae_config(path: str | None, overrides: tuple[str, ...], folder: str | None) -> RunConfig:
+    if path is None:
+        from fac_ray.reference.build import sae_config
+
+        return sae_config(Path(folder or DEFAULT_SAE_FOLDER), overrides=overrides)
+    if folder is not None:
+        raise ConfigError("--folder belongs to the embedded world; with --config use --set sae.path=DIR")
+    return load_config(path, overrides)
 
 
 @contextmanager

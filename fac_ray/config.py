@@ -202,6 +202,65 @@ class TrainingConfig(Section):
     """`auto`: bfloat16 on a GPU and on a CPU with instructions for it, else float32. Optimizer states are float32."""
 
 
+class SaeTrainingConfig(Section):
+    """How `fac-ray sae train` makes the SAE at `sae.path`, from the texts of all corpora. Tokens are those of message
+    contents and are counted with repetition: texts are read again until there are enough."""
+
+    architecture: Literal["topk", "batch-topk", "jumprelu", "standard", "gated"] = "topk"
+    """Of SAELens. `batch-topk` is saved as a JumpReLU SAE, which is what it is at use."""
+    d_sae: int = Field(default=1024, ge=1)
+    """Number of features."""
+    k: int | None = Field(default=None, ge=1)
+    """Features that are active at each token; of batch-topk on average, of jumprelu as an aim. None: 16."""
+    l1_coefficient: float | None = Field(default=None, gt=0)
+    """Weight of the sparsity loss of standard and gated, which have no k. None: 1."""
+    num_tokens: int = Field(default=2_000_000, ge=1)
+    """Tokens to train on."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens of one optimizer step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak: reached after a twentieth of the steps, and in the last quarter of them it falls to 0."""
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Memory of squared gradients. 0.99 follows within a hundred steps; trainings of many thousands can take 0.999."""
+    decoder_init_norm: float = Field(default=1.0, gt=0)
+    """Length of the decoder's rows at the start. Rows of 0.1, SAELens' default, turn by a third at each early step, and
+    features die."""
+    dead_steps: int = Field(default=100, ge=1)
+    """A feature that was not active for so many steps is dead, and topk and batch-topk try to revive it."""
+    buffer_tokens: int = Field(default=1 << 17, ge=1)
+    """Tokens among which a batch is drawn. Memory, and size of a checkpoint: this times d_model times 4 bytes."""
+    checkpoint_tokens: int = Field(default=500_000, ge=1)
+    """Tokens between checkpoints, which is what an interruption can cost."""
+    num_actors: int | None = Field(default=None, ge=1)
+    """Backbones that make activations; None: one for each GPU that the trainer leaves, or for every two cores."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SaeTrainingConfig:
+        has_k = self.architecture not in ("standard", "gated")
+        if not has_k and self.k is not None:
+            raise ValueError(f"architecture {self.architecture} has no `k`; its sparsity is set by `l1_coefficient`")
+        if has_k and self.l1_coefficient is not None:
+            raise ValueError(f"architecture {self.architecture} has no `l1_coefficient`; its sparsity is set by `k`")
+        if has_k and self.sparsity["k"] > self.d_sae:
+            raise ValueError(f"`k` {self.sparsity['k']:g} is more than the {self.d_sae} features of `d_sae`")
+        if not self.batch_tokens <= min(self.buffer_tokens, self.num_tokens):
+            raise ValueError(f"`batch_tokens` {self.batch_tokens} is more than `buffer_tokens` or `num_tokens`")
+        return self
+
+    @property
+    def sparsity(self) -> dict[str, float]:
+        """What sets the architecture's sparsity, by its key, with the default filled in."""
+        if self.architecture in ("standard", "gated"):
+            return {"l1_coefficient": 1.0 if self.l1_coefficient is None else self.l1_coefficient}
+        return {"k": 16 if self.k is None else self.k}
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return self.num_tokens // self.batch_tokens
+
+
 class EvaluationConfig(Section):
     heldout: str = "heldout"
     """Corpus on which the arms are scored; training never sees it."""
@@ -231,6 +290,8 @@ class RunConfig(Section):
     training: TrainingConfig | None = TrainingConfig()
     """None: nothing is trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    sae_training: SaeTrainingConfig = SaeTrainingConfig()
+    """Read by `fac-ray sae train` alone; no other stage depends on it."""
     run: RunSection = RunSection()
 
     @field_validator("corpora")

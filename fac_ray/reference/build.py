@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,13 +24,14 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fac_ray.backbone import load_backbone
-from fac_ray.config import ModelConfig
-from fac_ray.reference import HOOK_LAYER
+from fac_ray.artifacts import write_text
+from fac_ray.config import RunConfig, config_from_tree
+from fac_ray.reference import HOOK_LAYER, MODEL
 from fac_ray.reference.card import measure_concepts, write_card
 from fac_ray.reference.chats import training_chat, training_message
-from fac_ray.sae_training import SaeRecipe, train_sae
+from fac_ray.sae_training import train_sae
 from fac_ray.schema import Message
+from fac_ray.session import ray_session
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,14 @@ VOCABULARY_SIZE = 2048
 CONTEXT_TOKENS = 512
 BATCH_TOKENS = 4096
 NUM_STEPS = 1600
-RECIPE = SaeRecipe(d_sae=1024, k=3, num_tokens=2_500_000, batch_tokens=2048, learning_rate=2e-3, dead_steps=60)
+SAE_RECIPE = {
+    "d_sae": 1024,
+    "k": 3,
+    "num_tokens": 2_500_000,
+    "batch_tokens": 2048,
+    "learning_rate": 2e-3,
+    "dead_steps": 60,
+}
 NUM_SAE_MESSAGES = 40_000
 POOL_CHATS = 4096
 """Chats that are sorted by length together, so that a batch holds little padding."""
@@ -66,12 +76,36 @@ def main(folder: Path, steps: int, threads: int, keep_model: bool) -> None:
         model.config.use_cache = model.generation_config.use_cache = True
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-    started_s = time.monotonic()
-    backbone = load_backbone(ModelConfig(path=str(folder / "model"), hook_layer=HOOK_LAYER))
-    texts = [training_message(number, "sae").text for number in range(NUM_SAE_MESSAGES)]
-    sae_facts = train_sae(backbone, texts, folder / "sae", RECIPE)
-    sae_facts["seconds"] = round(time.monotonic() - started_s, 1)
-    write_card(folder, model_facts, RECIPE._asdict() | sae_facts, measure_concepts(folder))
+    scratch = folder / "sae_run"
+    with ray_session():
+        sae = train_sae(sae_config(scratch, [f"model.path={json.dumps(str(folder / 'model'))}"]))
+    shutil.rmtree(folder / "sae", ignore_errors=True)
+    os.replace(scratch / "sae", folder / "sae")
+    shutil.rmtree(scratch)
+    sae_facts = SAE_RECIPE | sae["figures"] | sae["training"]
+    write_card(folder, model_facts, sae_facts, measure_concepts(folder))
+
+
+def sae_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of the embedded SAE's training, with its messages written to `folder`; the SAE goes to `folder/sae`.
+
+    Raises:
+        ConfigError: an override names an unknown key or a value out of bounds.
+    """
+    messages = folder / "messages.jsonl"
+    tree = {
+        "name": "reference-sae",
+        "model": {"path": str(MODEL), "hook_layer": HOOK_LAYER},
+        "sae": {"path": str(folder / "sae")},
+        "corpora": {"messages": {"path": str(messages)}},
+        "sae_training": SAE_RECIPE,
+        "run": {"folder": str(folder)},
+    }
+    config = config_from_tree(tree, tuple(overrides), source="reference")
+    if not messages.is_file():
+        lines = (json.dumps({"text": training_message(n, "sae").text}) for n in range(NUM_SAE_MESSAGES))
+        write_text(messages, "".join(f"{line}\n" for line in lines))
+    return config
 
 
 def train_tokenizer(num_chats: int = 20_000) -> PreTrainedTokenizerFast:
