@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fac_ray.config import ConfigError, SaeConfig
 from fac_ray.sae_formats import Encoder, Normalisation, read_sae, read_width
 from fac_ray.sae_origin import Origin
+from fac_ray.topk import TopKProduct, top_k
 
 Activation = Literal["native", "dense"]
 
@@ -43,6 +44,7 @@ class SparseAutoencoder(nn.Module):
         super().__init__()
         self.d_model, self.d_sae = W_enc.shape
         self.k, self.normalisation, self.origin = k, normalisation, origin or Origin()
+        self._product: TopKProduct | None = None
         for name, value in {"W_enc": W_enc, "b_enc": b_enc, "b_in": b_in, "threshold": threshold}.items():
             self.register_buffer(name, None if value is None else value.detach().float().contiguous())
 
@@ -51,7 +53,7 @@ class SparseAutoencoder(nn.Module):
         """Feature activations, all >= 0: what the SAE outputs (`native`) or ReLU of all pre-activations (`dense`)."""
         h = self._pre_activations(x)
         if activation == "native" and self.k is not None:
-            values, feature_ids = h.topk(self.k, dim=-1)
+            values, feature_ids = top_k(h, self.k)
             return torch.zeros_like(h).scatter_(-1, feature_ids, values.relu_())
         if activation == "native" and self.threshold is not None:
             h = h * (h > self.threshold)
@@ -64,17 +66,23 @@ class SparseAutoencoder(nn.Module):
         Only where `k` is set.
         """
         assert self.k is not None
-        values, feature_ids = self._pre_activations(x).topk(self.k, dim=-1)
-        return values.relu_(), feature_ids
+        if self._product is None and TopKProduct.pays(self.W_enc, self.k):
+            self._product = TopKProduct(self.W_enc, self.b_enc, self.k)
+            self.W_enc = self._product.by_feature.t()  # the same numbers, so that they lie in memory once
+        found = self._product(self._input(x)) if self._product else top_k(self._pre_activations(x), self.k)
+        return found[0].relu_(), found[1]
 
     def _pre_activations(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.b_enc, self._input(x), self.W_enc)
+
+    def _input(self, x: Tensor) -> Tensor:
         x = _centred(x.float()) if self.origin.centred else x.float()
         if self.normalisation == "layer_norm":
             x = _centred(x)
             x = x / (x.std(dim=-1, keepdim=True) + 1e-5)
         elif self.normalisation == "constant_norm_rescale":
             x = x * (self.d_model**0.5 / x.norm(dim=-1, keepdim=True))
-        return torch.addmm(self.b_enc, x - self.b_in, self.W_enc)
+        return x - self.b_in
 
 
 class SaeLensAutoencoder(nn.Module):
