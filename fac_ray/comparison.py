@@ -156,12 +156,14 @@ def comparison_page(facts: dict[str, Any], num_shown: int) -> str:
     ]
     return "\n".join(
         [
-            f"# {' and '.join(corpora)}",
+            f"# {', '.join(corpora)}",
             "",
             f"Run {facts['run']}, threshold {facts['threshold']:g}, preset {facts['preset']}. {_basis(facts)}",
             "",
             *table(titles, rows),
             *_overlap_lines(list(corpora), facts["overlap"]),
+            "",
+            "p: the chance that no other corpus has the feature although all have it equally often (Fisher).",
             *(line for label in corpora for line in _only_lines(label, facts["only"][label], num_shown)),
             "",
         ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MAX_QUOTE = 90
+MAX_QUOTE = 72
 """Characters of a quoted text."""
 
 

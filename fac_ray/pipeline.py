@@ -290,10 +290,12 @@ def _truth(config: RunConfig, gaps: Stage) -> Stage:
 
 
 def _selection(config: RunConfig, name: str) -> Stage:
+    from fac_ray.pool import Pool, feature_weights
+    from fac_ray.reduction import load_coverage
     from fac_ray.selection import require_selection, select_samples
 
     require_selection(config, name)
-    wanted = config.selection
+    wanted, threshold = config.selection, config.measure.threshold
     corpora = [_coverage(config, one, config.corpora[one]) for one in (name, wanted.base) if one is not None]
     relevance = [] if wanted.weights == "all" else [_relevance(config)]
     needs = (*corpora, *relevance)
@@ -302,7 +304,7 @@ def _selection(config: RunConfig, name: str) -> Stage:
         fingerprint(
             stage="selection",
             needs=[need.identity for need in needs],
-            threshold=config.measure.threshold,
+            threshold=threshold,
             selection=wanted.model_dump(),
         ),
         needs,
@@ -310,8 +312,13 @@ def _selection(config: RunConfig, name: str) -> Stage:
     if not stage.finished:
         with Progress(f"selection/{name}", total=corpora[0].facts["num_samples"], unit="samples") as progress:
             folder = stage.begin()
+            coverage = load_coverage(corpora[0].folder)
+            base = load_coverage(corpora[1].folder).active(threshold) if wanted.base else None
             features = read_table(relevance[0].folder / "features.parquet") if relevance else None
-            stage.finish(**select_samples(config, name, features, folder, progress))
+            weights = feature_weights(features, wanted.weights, coverage.d_sae)
+            places = [config.folder / kind / name for kind in ("activations", "samples")]
+            pool = Pool(*places, coverage, threshold, weights, base)
+            stage.finish(**select_samples(config, name, pool, folder, progress))
     return stage
 
 

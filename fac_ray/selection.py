@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +24,10 @@ import pyarrow.dataset as ds
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import ray
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from fac_ray.artifacts import parquet_files, write_json, write_table, write_text
 from fac_ray.config import ConfigError, RunConfig
-from fac_ray.coverage import CorpusCoverage, flat_values
-from fac_ray.gaps import relevant_mask
 from fac_ray.greedy import (
     CANDIDATES,
     Limit,
@@ -44,9 +42,8 @@ from fac_ray.greedy import (
     value_of,
 )
 from fac_ray.markdown import count, fraction, quote, table
-from fac_ray.reduction import load_coverage
+from fac_ray.pool import WEIGHT_UNIT, Pool
 from fac_ray.schema import ACTIVATIONS, SAMPLES, require_columns
-from fac_ray.statistics import rarefaction
 
 if TYPE_CHECKING:
     from fac_ray.progress import Progress
@@ -56,8 +53,6 @@ MAX_PAIRS = 200_000_000
 MAX_TASKS = 256
 PAGE_SAMPLES = 20
 """Samples that selection.md shows."""
-WEIGHT_UNIT = 1 << 20
-"""A weight of 1 as a whole number: exact sums, whatever their order."""
 
 SELECTED = pa.schema(
     [
@@ -68,70 +63,6 @@ SELECTED = pa.schema(
         ("num_tokens", pa.int32()),  # pooled tokens
     ]
 )
-
-
-class Pool(NamedTuple):
-    """The corpus that is selected from, and what its features are worth."""
-
-    activations: Path
-    samples: Path
-    coverage: CorpusCoverage
-    weights: Int[np.ndarray, " d_sae"]
-    """In units of 1 / WEIGHT_UNIT."""
-    base: Bool[np.ndarray, " d_sae"]
-    """Features that are covered beforehand."""
-    threshold: float
-
-    @property
-    def left(self) -> Int[np.ndarray, " d_sae"]:
-        """Weights of the features that are not covered beforehand."""
-        return np.where(self.base, 0, self.weights)
-
-    @property
-    def reach(self) -> Int[np.ndarray, " d_sae"]:
-        """Weights of those of them that the corpus has."""
-        return np.where(self.coverage.active(self.threshold), self.left, 0)
-
-    def row(self, method: str, equal: str | None, num_samples: int, num_tokens: int, value: float) -> dict[str, Any]:
-        """One way to take samples, and the share of all weight that is then covered, in [0, 1]."""
-        covered = int(self.weights[self.base].sum()) + value
-        return {
-            "method": method,
-            "equal": equal,
-            "num_samples": num_samples,
-            "num_tokens": num_tokens,
-            "gain": value / WEIGHT_UNIT,
-            "coverage": covered / int(self.weights.sum()),
-        }
-
-    def random_row(self, equal: str, num_samples: int) -> dict[str, Any]:
-        """Random samples, as many: the expected gain, sum_i w_i [1 - C(N - N_i, n) / C(N, n)]."""
-        num_all, counts = self.coverage.num_samples, self.coverage.counts(self.threshold)
-        levels, level = np.unique(counts, return_inverse=True)
-        seen = np.array([rarefaction(np.array([c]), num_all, [num_samples])[0] for c in levels])
-        num_tokens = round(self.coverage.num_tokens * num_samples / num_all)
-        return self.row("random", equal, num_samples, num_tokens, float(self.left @ seen[level]))
-
-    def chosen_row(self, method: str, equal: str, candidates: pa.Table) -> dict[str, Any]:
-        """Exactly these samples."""
-        ids = np.unique(flat_values(candidates, "feature_ids"))
-        num_tokens = pc.sum(candidates["num_tokens"]).as_py() or 0
-        return self.row(method, equal, len(candidates), num_tokens, int(self.left[ids].sum()))
-
-
-def feature_weights(features: pa.Table | None, kind: str, d_sae: int) -> Int[np.ndarray, " d_sae"]:
-    """What covering each feature is worth, in units of 1 / WEIGHT_UNIT, >= 0.
-
-    `relevant`: 1 for a relevant feature; `effect`: its log2 odds ratio, 0 where it is negative; `all`: 1 for every
-    feature. FEATURES rows are needed but for `all`.
-    """
-    if kind == "all":
-        return np.full(d_sae, WEIGHT_UNIT, np.int64)
-    assert features is not None, "weights by relevance need FEATURES"
-    weights = relevant_mask(features, d_sae).astype(float)
-    if kind == "effect":
-        weights[features["feature_id"].to_numpy()] *= np.maximum(features["effect"].to_numpy(), 0)
-    return np.rint(weights * WEIGHT_UNIT).astype(np.int64)
 
 
 def require_selection(config: RunConfig, name: str) -> None:
@@ -147,25 +78,7 @@ def require_selection(config: RunConfig, name: str) -> None:
         raise ConfigError(f"selection: no corpus named {sorted(unknown)}; given: {sorted(config.corpora)}")
 
 
-def open_pool(config: RunConfig, name: str, features: pa.Table | None) -> Pool:
-    """The measured corpus of a run that is selected from; FEATURES rows are needed but for weights `all`."""
-    coverage, threshold = load_coverage(config.folder / "coverage" / name), config.measure.threshold
-    base = config.selection.base
-    return Pool(
-        activations=config.folder / "activations" / name,
-        samples=config.folder / "samples" / name,
-        coverage=coverage,
-        weights=feature_weights(features, config.selection.weights, coverage.d_sae),
-        base=load_coverage(config.folder / "coverage" / base).active(threshold)
-        if base
-        else np.zeros(coverage.d_sae, bool),
-        threshold=threshold,
-    )
-
-
-def select_samples(
-    config: RunConfig, name: str, features: pa.Table | None, output_folder: Path, progress: Progress
-) -> dict[str, int]:
+def select_samples(config: RunConfig, name: str, pool: Pool, output_folder: Path, progress: Progress) -> dict[str, int]:
     """Write the selected samples of a measured corpus and how they compare; returns their number and their tokens.
 
     The progress counts samples.
@@ -174,7 +87,7 @@ def select_samples(
         FileNotFoundError: a folder holds no Parquet file.
         ValueError: the corpus has no feature that counts and is not covered already, or no such sample fits.
     """
-    pool, selection = open_pool(config, name, features), config.selection
+    selection = config.selection
     limit = Limit(selection.num_samples, selection.budget_tokens)
     if not pool.reach.any():
         raise ValueError(f"selection: corpus {name} has no feature that counts and is not covered already")
@@ -348,7 +261,7 @@ def _facts(pool: Pool, selected: pa.Table, limit: Limit, num_partitions: int) ->
         "guaranteed_fraction": guaranteed_fraction(limit, num_partitions),
         "certified_fraction": value / bound,
         "weight_total": int(pool.weights.sum()) / WEIGHT_UNIT,
-        "weight_base": int(pool.weights[pool.base].sum()) / WEIGHT_UNIT,
+        "weight_base": pool.base_weight / WEIGHT_UNIT,
         "methods": methods,
     }
 
