@@ -54,7 +54,7 @@ def read_chats(path: Path, num_chats: int) -> list[list[Message]]:
 
 
 def save_model(folder: Path, shape: Shape, chats: list[list[Message]]) -> Path:
-    """Write a random Llama with a BPE made from the chats; in bfloat16, so that all precisions read the same weights."""
+    """Write a random Llama with a BPE made from the chats; in bfloat16: then all precisions read the same weights."""
     tokenizer = _tokenizer(chats)
     torch.manual_seed(0)
     settings = LlamaConfig(

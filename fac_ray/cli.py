@@ -1,4 +1,4 @@
-"""The command `fac-ray`: options in, one stage of the pipeline done, the report's headline out.
+"""The command `fac-ray`: options in, one stage of the pipeline done or one question answered, a page of text out.
 
 Every stage takes the same options, so `jobs/` runs these commands too. Nothing heavy is imported before it is
 needed: `--help` and a config's mistakes come at once.
@@ -6,43 +6,19 @@ needed: `--help` and a config's mistakes come at once.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fac_ray import __version__
-from fac_ray.config import ConfigError, RunConfig, load_config
+from fac_ray.invocation import DEFAULT_SAE_FOLDER, UNUSABLE, reported, run_of, run_options, sae_config_of
 
 if TYPE_CHECKING:
     from fac_ray.doctor import Check
 
-INTERRUPTED = 130
-DEFAULT_FOLDER = "runs/reference"
-DEFAULT_SAE_FOLDER = "runs/reference-sae"
-
-
-def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which run a command works on."""
-    for option in reversed(
-        [
-            click.option(
-                "--config", "path", metavar="FILE", help="The run's YAML file. Without it: the embedded world."
-            ),
-            click.option("--set", "overrides", multiple=True, metavar="a.b=v", help="Set one key; may be repeated."),
-            click.option("--folder", metavar="DIR", help=f"Embedded world: where to write [{DEFAULT_FOLDER}]."),
-            click.option("--world-seed", type=int, metavar="N", help="Embedded world: seed of its texts [0]."),
-            click.option("--verbose", is_flag=True, help="Show Ray's own output, and tracebacks."),
-        ]
-    ):
-        command = option(command)
-    return command
+NUM_SHOWN = 8
+"""Features or samples of a list that a terminal shows, unless --show says otherwise."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,6 +31,8 @@ def main() -> None:
     \b
     The whole way on the embedded world:    fac-ray run
     Your own data:                          fac-ray run --config my.yaml
+    What has one corpus that another lacks? fac-ray compare anchor seed
+    Is this data good enough to merge?      fac-ray check --min-fac 0.8
     Is this machine ready?                  fac-ray doctor
     """
 
@@ -136,6 +114,131 @@ def report(**options: Any) -> None:
     carry_out("report", **options)
 
 
+show_option = click.option(
+    "--show",
+    "num_shown",
+    type=click.IntRange(0),
+    default=NUM_SHOWN,
+    show_default=True,
+    help="Rows of each list to print.",
+)
+
+
+@main.command()
+@click.argument("corpora", nargs=-1, required=True, metavar="CORPUS CORPUS...")
+@click.option("--all-features", is_flag=True, help="Count every feature, not the relevant ones alone.")
+@show_option
+@run_options
+def compare(corpora: tuple[str, ...], all_features: bool, num_shown: int, **options: Any) -> None:
+    """What each corpus has that the others lack, and how far they overlap.
+
+    A CORPUS is one of the run's config, or RUN:CORPUS for one of another run folder that was measured in the same way.
+    What is measured already is not measured again.
+
+    \b
+    Example: fac-ray compare anchor seed --config my.yaml
+    Example: fac-ray compare seed runs/last-month:seed --config my.yaml
+    """
+    if len(set(corpora)) < max(2, len(corpora)):
+        raise click.UsageError(f"two or more different corpora are needed; given: {' '.join(corpora)}")
+    with run_of(**options) as config:
+        from fac_ray import pipeline
+        from fac_ray.comparison import comparison_folder, comparison_page
+        from fac_ray.session import ray_session
+
+        with ray_session(options["verbose"]):
+            facts = pipeline.compare(config, corpora, all_features)
+        click.echo(comparison_page(facts, num_shown))
+        click.echo(f"All of it: {comparison_folder(config, corpora) / 'compare.json'}")
+
+
+@main.command()
+@click.argument("corpus", metavar="CORPUS")
+@click.option("--k", "num_samples", type=int, metavar="N", help="Take at most N samples.")
+@click.option("--budget-tokens", type=int, metavar="T", help="Take samples of at most T tokens together.")
+@click.option("--weights", type=click.Choice(["relevant", "effect", "all"]), help="What a feature counts [relevant].")
+@click.option("--base", metavar="CORPUS", help="Corpus whose features are covered already, such as seed.")
+@click.option("--partitions", type=int, metavar="M", help="Search in M parts, for pools too large for one search.")
+@show_option
+@run_options
+def select(
+    corpus: str,
+    num_samples: int | None,
+    budget_tokens: int | None,
+    weights: str | None,
+    base: str | None,
+    partitions: int | None,
+    num_shown: int,
+    **options: Any,
+) -> None:
+    """The samples of a corpus that together cover most.
+
+    The options stand for the keys of the config's section `selection`.
+
+    \b
+    Example: fac-ray select pool --k 500 --config my.yaml
+    Example: fac-ray select anchor --k 20 --base seed
+    """
+    given = {
+        "num_samples": num_samples,
+        "budget_tokens": budget_tokens,
+        "weights": weights,
+        "base": base,
+        "num_partitions": partitions,
+    }
+    options["overrides"] += tuple(o for key, value in given.items() for o in override(f"selection.{key}", value))
+    with run_of(**options) as config:
+        from fac_ray import pipeline
+        from fac_ray.artifacts import read_table
+        from fac_ray.selection import selection_page
+        from fac_ray.session import ray_session
+
+        with ray_session(options["verbose"]):
+            facts = pipeline.select(config, corpus)
+        folder = config.folder / "selection" / corpus
+        click.echo(selection_page(facts, read_table(folder / "selected.parquet"), num_shown))
+        click.echo(f"The samples: {folder / 'selected.jsonl'}, {folder / 'selected.parquet'}")
+
+
+@main.command()
+@click.option("--min-fac", type=float, metavar="X", help="Fail if the FAC of the seed is smaller than X.")
+@click.option("--baseline", metavar="RUN", help="Fail if FAC is lost against the seed of this run folder.")
+@click.option("--max-drop", type=float, metavar="D", help="FAC that may be lost against the baseline [0.01].")
+@click.option("--summary", type=click.Path(dir_okay=False), metavar="FILE", help="Append the page to FILE as well.")
+@show_option
+@run_options
+def check(
+    min_fac: float | None,
+    baseline: str | None,
+    max_drop: float | None,
+    summary: str | None,
+    num_shown: int,
+    **options: Any,
+) -> None:
+    """Is the seed good enough? Exit code 0: yes. 1: a rule fails. 2: it could not be checked.
+
+    The options stand for the keys of the config's section `check`.
+
+    \b
+    Example: fac-ray check --config my.yaml --min-fac 0.8 --baseline runs/main --summary "$GITHUB_STEP_SUMMARY"
+    """
+    given = {"min_fac": min_fac, "baseline": baseline, "max_drop": max_drop}
+    options["overrides"] += tuple(o for key, value in given.items() for o in override(f"check.{key}", value))
+    with run_of(**options, failure=UNUSABLE) as config:
+        from fac_ray import pipeline
+        from fac_ray.check import check_page
+        from fac_ray.session import ray_session
+
+        with ray_session(options["verbose"]):
+            facts = pipeline.check(config)
+        page = check_page(facts, num_shown)
+        click.echo(page)
+        if summary is not None:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(page + "\n")
+    sys.exit(0 if facts["passed"] else 1)
+
+
 @main.group()
 def sae() -> None:
     """An SAE of your own, where there is none to load."""
@@ -152,9 +255,8 @@ def sae_train(path: str | None, overrides: tuple[str, ...], folder: str | None, 
     \b
     Example: fac-ray sae train --config my.yaml --set sae_training.d_sae=16384 --set sae_training.k=32
     """
-    _log_to_stderr(verbose)
     with reported(verbose):
-        config = _sae_config(path, overrides, folder)
+        config = sae_config_of(path, overrides, folder)
         from fac_ray.sae_training import train_sae
         from fac_ray.session import ray_session
 
@@ -186,14 +288,9 @@ def doctor(folder: str, deep: bool) -> None:
     click.echo("\nReady.")
 
 
-def carry_out(  # one parameter for each option
-    stage: str, path: str | None, overrides: tuple[str, ...], folder: str | None, world_seed: int | None, verbose: bool
-) -> None:
+def carry_out(stage: str, **options: Any) -> None:
     """Bring a run to the end of a stage and print its headline; ends the process with the exit code."""
-    verbose = verbose or os.environ.get("FAC_RAY_DEBUG") == "1"
-    _log_to_stderr(verbose)
-    with reported(verbose):
-        config = config_of(path, overrides, folder, world_seed)
+    with run_of(**options) as config:
         from fac_ray import pipeline
         from fac_ray.headline import headline
         from fac_ray.session import ray_session
@@ -201,83 +298,16 @@ def carry_out(  # one parameter for each option
         if stage == "report":
             facts = pipeline.report(config)
         else:
-            with ray_session(verbose):
+            with ray_session(options["verbose"]):
                 facts = getattr(pipeline, stage)(config)
         for line in headline(facts):
             click.echo(line)
         click.echo(f"\nReport: {config.folder / 'report.html'}")
 
 
-def config_of(path: str | None, overrides: tuple[str, ...], folder: str | None, world_seed: int | None) -> RunConfig:
-    """The run that the options name: a YAML file, or the embedded world in its folder.
-
-    Raises:
-        ConfigError: the file is not a config, or options of the embedded world came with a file.
-    """
-    if path is not None:
-        if folder is not None or world_seed is not None:
-            raise ConfigError(
-                "--folder and --world-seed belong to the embedded world; with --config use --set run.folder=DIR"
-            )
-        return load_config(path, overrides)
-    from fac_ray.artifacts import Stage, fingerprint
-    from fac_ray.reference import default_config, write_world
-
-    home, seed = Path(folder or DEFAULT_FOLDER), world_seed or 0
-    config = default_config(home, seed, overrides)
-    world = Stage(home / "world", fingerprint(stage="world", version=__version__, seed=seed))
-    if not world.finished:  # files that are written again would look changed to every stage
-        write_world(world.begin(), seed)
-        world.finish()
-    return config
-
-
-def _sae_config(path: str | None, overrides: tuple[str, ...], folder: str | None) -> RunConfig:
-    if path is None:
-        from fac_ray.reference.build import sae_config
-
-        return sae_config(Path(folder or DEFAULT_SAE_FOLDER), overrides=overrides)
-    if folder is not None:
-        raise ConfigError("--folder belongs to the embedded world; with --config use --set sae.path=DIR")
-    return load_config(path, overrides)
-
-
-@contextmanager
-def reported(verbose: bool = False) -> Iterator[None]:
-    """Ends the process with a reason on one line where the block fails for a reason that a user can act on.
-
-    An exception that none of our own or Ray's checks raises is a mistake in the program: it keeps its traceback.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("\ninterrupted; the same command goes on from here", err=True)
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        if not is_expected(error):
-            raise
-        if verbose:
-            traceback.print_exc()
-        hint = "" if verbose or isinstance(error, ConfigError) else " (--verbose shows where)"
-        click.echo(f"fac-ray: {reason_of(error)}{hint}", err=True)
-        sys.exit(1)
-
-
-def is_expected(error: BaseException) -> bool:
-    """Whether an exception speaks of input, machine or cluster: ours, the system's and Ray's own."""
-    from_ray = any(kind.__module__.split(".")[0] == "ray" for kind in type(error).__mro__)
-    bare = type(error) is Exception  # how Ray says that it could not start
-    return from_ray or bare or isinstance(error, ValueError | RuntimeError | OSError)
-
-
-def reason_of(error: BaseException) -> str:
-    """The first cause of an exception on one line; what a remote task raised stands without its remote traceback."""
-    while isinstance(cause := getattr(error, "cause", None), BaseException):
-        error = cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return lines[-1] if len(lines) > 1 and "Traceback" in str(error) else " ".join(lines)
+def override(key: str, value: Any) -> tuple[str, ...]:
+    """The `--set` that an option of its own stands for; nothing where the option was not given."""
+    return () if value is None else (f"{key}={value}",)
 
 
 def check_line(check: Check) -> str:
@@ -285,11 +315,6 @@ def check_line(check: Check) -> str:
     mark, color = ("ok", "green") if check.ok else ("FAILS", "red") if check.needed else ("note", "yellow")
     line = f"{click.style(f'{mark:>5}', fg=color)}  {check.name:<22}  {check.found}"
     return line if check.ok or not check.advice else f"{line}\n{'':31}{click.style(check.advice, dim=True)}"
-
-
-def _log_to_stderr(verbose: bool) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("fac_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 if __name__ == "__main__":

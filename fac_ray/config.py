@@ -268,6 +268,33 @@ class EvaluationConfig(Section):
     """JSON file with the true concepts of each anchor sample, where they are known. Read by the report alone."""
 
 
+class SelectionConfig(Section):
+    """What `fac-ray select` takes out of a corpus: the samples that together cover most."""
+
+    num_samples: int | None = Field(default=None, ge=1)
+    """k: take at most so many samples."""
+    budget_tokens: int | None = Field(default=None, ge=1)
+    """Take samples of at most so many pooled tokens together."""
+    weights: Literal["relevant", "effect", "all"] = "relevant"
+    """What a covered feature counts: 1 if relevant, its log2 odds ratio if relevant, or 1 whatever it is."""
+    base: str | None = None
+    """Corpus whose features count as covered before the first sample is taken, such as `seed`; None: nothing is."""
+    num_partitions: int | None = Field(default=None, ge=1)
+    """Parts that are searched on their own before what they found is searched together. 1: one search over all samples;
+    None: 1 as long as their features fit into memory."""
+
+
+class CheckConfig(Section):
+    """The rules of `fac-ray check`; the seed passes if it keeps each one that is given."""
+
+    min_fac: float | None = Field(default=None, ge=0, le=1)
+    """Smallest FAC of the seed."""
+    baseline: str | None = None
+    """Folder of a finished run whose seed the seed is compared with."""
+    max_drop: float = Field(default=0.01, ge=0, le=1)
+    """Largest FAC that may be lost against the baseline, both at the number of samples of the smaller seed."""
+
+
 class RunSection(Section):
     folder: str | None = None
     """Where everything is written; None: `runs/<name>`."""
@@ -292,6 +319,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     sae_training: SaeTrainingConfig = SaeTrainingConfig()
     """Read by `fac-ray sae train` alone; no other stage depends on it."""
+    selection: SelectionConfig = SelectionConfig()
+    check: CheckConfig = CheckConfig()
     run: RunSection = RunSection()
 
     @field_validator("corpora")

@@ -11,11 +11,14 @@ changed config redoes only what depends on the change.
     train       + a classifier on each arm of the experiment
     evaluate    + the arms compared on the held-out corpus
     report      report.json and report.html of whatever is finished
+
+`compare`, `select` and `check` answer a question about what is measured.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import time
@@ -38,6 +41,7 @@ from fac_ray.artifacts import (
     write_text,
 )
 from fac_ray.config import ConfigError, CorpusConfig, DiversityConfig, RunConfig
+from fac_ray.instrument import digest_of
 from fac_ray.progress import Progress
 from fac_ray.tasks import load_task
 
@@ -103,6 +107,37 @@ def report(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(f"{config.folder}: no run here yet; `fac-ray run` makes one")
     with _opened(config):
         return _report(config)
+
+
+def compare(config: RunConfig, corpora: Sequence[str], all_features: bool = False) -> dict[str, Any]:
+    """Two or more corpora side by side, of this run or `RUN:corpus`; returns what `compare.json` holds."""
+    from fac_ray.comparison import compare_corpora
+
+    with _opened(config):
+        for name in corpora:
+            if name in config.corpora:
+                _coverage(config, name, config.corpora[name])
+        anchor = config.corpora.get("anchor")
+        told = anchor is not None and (anchor.label is not None or "background" in config.corpora)
+        features = read_table(_relevance(config).folder / "features.parquet") if told and not all_features else None
+        return compare_corpora(config, corpora, features)
+
+
+def select(config: RunConfig, corpus: str) -> dict[str, Any]:
+    """The samples of a corpus that together cover most; returns what `selection.json` holds."""
+    with _opened(config):
+        return json.loads((_selection(config, corpus).folder / "selection.json").read_text())
+
+
+def check(config: RunConfig) -> dict[str, Any]:
+    """Whether the seed keeps the rules of the config's section `check`; returns what `check.json` holds."""
+    from fac_ray.check import check_seed, open_baseline, require_rules
+
+    require_rules(config.check)
+    with _opened(config):
+        baseline = open_baseline(config)
+        _gaps(config)
+        return check_seed(config, baseline)
 
 
 # ---- the stages, in their order: each takes the config and returns its finished `Stage` ----
@@ -273,6 +308,39 @@ def _truth(config: RunConfig, gaps: Stage) -> Stage:
         samples, activations = config.folder / "samples" / "anchor", config.folder / "activations" / "anchor"
         write_json(folder / "truth.json", score_truth(truth, samples, activations, table, config.measure.threshold))
         stage.finish()
+    return stage
+
+
+def _selection(config: RunConfig, name: str) -> Stage:
+    from fac_ray.pool import Pool, feature_weights
+    from fac_ray.reduction import load_coverage
+    from fac_ray.selection import require_selection, select_samples
+
+    require_selection(config, name)
+    wanted, threshold = config.selection, config.measure.threshold
+    corpora = [_coverage(config, one, config.corpora[one]) for one in (name, wanted.base) if one is not None]
+    relevance = [] if wanted.weights == "all" else [_relevance(config)]
+    needs = (*corpora, *relevance)
+    stage = Stage(
+        config.folder / "selection" / name,
+        fingerprint(
+            stage="selection",
+            needs=[need.identity for need in needs],
+            threshold=threshold,
+            selection=wanted.model_dump(),
+        ),
+        needs,
+    )
+    if not stage.finished:
+        with Progress(f"selection/{name}", total=corpora[0].facts["num_samples"], unit="samples") as progress:
+            folder = stage.begin()
+            coverage = load_coverage(corpora[0].folder)
+            base = load_coverage(corpora[1].folder).active(threshold) if wanted.base else None
+            features = read_table(relevance[0].folder / "features.parquet") if relevance else None
+            weights = feature_weights(features, wanted.weights, coverage.d_sae)
+            places = [config.folder / kind / name for kind in ("activations", "samples")]
+            pool = Pool(*places, coverage, threshold, weights, base)
+            stage.finish(**select_samples(config, name, pool, folder, progress))
     return stage
 
 
@@ -509,8 +577,13 @@ def _manifest(config: RunConfig) -> dict[str, Any]:
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
         "seed": config.run.seed,
-        "model": {"path": config.model.path, "revision": config.model.revision, "state": _state_of(config.model.path)},
-        "sae": {"path": config.sae.path, "state": _state_of(config.sae.path)},
+        "model": {
+            "path": config.model.path,
+            "revision": config.model.revision,
+            "state": _state_of(config.model.path),
+            "digest": digest_of(config.model.path),
+        },
+        "sae": {"path": config.sae.path, "state": _state_of(config.sae.path), "digest": digest_of(config.sae.path)},
     }
 
 

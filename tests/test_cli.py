@@ -13,9 +13,10 @@ from click.testing import CliRunner
 
 from fac_ray import cli, pipeline
 from fac_ray.artifacts import write_json
-from fac_ray.cli import config_of, is_expected, main, reason_of
+from fac_ray.cli import main
 from fac_ray.config import ConfigError
 from fac_ray.headline import headline
+from fac_ray.invocation import config_of, is_expected, reason_of
 
 MINIMAL = "name: tiny\nmodel: {path: m, hook_layer: 2}\nsae: {path: s}\ncorpora: {anchor: {path: a.jsonl}}\n"
 STAGES = ["run", "measure", "gaps", "synthesize", "train", "evaluate", "report"]
@@ -33,7 +34,7 @@ def fac_ray(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
-@pytest.mark.parametrize("command", [*STAGES, "doctor"])
+@pytest.mark.parametrize("command", [*STAGES, "compare", "select", "check", "doctor"])
 def test_every_command_shows_an_example(command):
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0

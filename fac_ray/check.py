@@ -1,0 +1,213 @@
+"""Whether a seed is good enough: a run with its gaps and, if there is one, a baseline run come in, verdicts go out.
+
+The baseline's seed is held against this run's target, at equal numbers of samples; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from fac_ray.artifacts import current_marker, read_table, write_json, write_text
+from fac_ray.comparison import PAGE_FEATURES, feature_lines, strongest_spans
+from fac_ray.config import CheckConfig, ConfigError, RunConfig
+from fac_ray.coverage import CorpusCoverage, coverage_fraction
+from fac_ray.gaps import target_features
+from fac_ray.instrument import read_instrument, require_same
+from fac_ray.markdown import count, fraction, table
+from fac_ray.reduction import load_coverage
+from fac_ray.statistics import coverage_interval, matched_coverage
+
+TOLERANCE = 1e-9
+"""What the rounding of a limit may add: a FAC of exactly 0.8 keeps `min_fac: 0.8`."""
+
+
+class CheckedSeed(NamedTuple):
+    """A run's seed coverage and where it lies."""
+
+    folder: Path
+    coverage: CorpusCoverage
+
+
+def require_rules(rules: CheckConfig) -> None:
+    """Refuse a check that could not fail.
+
+    Raises:
+        ConfigError: neither rule is given.
+    """
+    if rules.min_fac is None and rules.baseline is None:
+        raise ConfigError(
+            "check: no rule is given; use --min-fac X, --baseline RUN or both (check.min_fac, check.baseline)"
+        )
+
+
+def open_baseline(config: RunConfig) -> CheckedSeed | None:
+    """The seed of the baseline run, if the rules name one; it must measure as this run does.
+
+    Raises:
+        ConfigError: it is this run itself, has no finished seed, or measures with another model, SAE, switch or
+            threshold.
+    """
+    if config.check.baseline is None:
+        return None
+    baseline = Path(config.check.baseline)
+    if baseline.resolve() == config.folder.resolve():
+        raise ConfigError(f"{baseline}: the baseline is this run itself; name the folder of another run")
+    require_same(read_instrument(config.folder)[1], read_instrument(baseline)[1], baseline)
+    folder = baseline / "coverage" / "seed"
+    if current_marker(folder) is None:
+        raise ConfigError(f"{baseline}: its seed is not measured; `fac-ray gaps` brings a run to that point")
+    return CheckedSeed(folder, load_coverage(folder))
+
+
+def check_seed(config: RunConfig, baseline: CheckedSeed | None) -> dict[str, Any]:
+    """The verdict on the seed of a run that has its gaps; written to `check/` and returned, JSON-ready.
+
+    Returns:
+        "passed"; "rules", each with "rule", "value", "limit" and "passed"; "seed" and "baseline" with their sizes and
+        FACs; the "lost" and "gained" features with exemplars, most frequent first; "num_target", "threshold", "preset".
+
+    Raises:
+        ValueError: no feature is relevant and active in the anchor, or a seed has no measured sample.
+    """
+    threshold, folder = config.measure.threshold, config.folder
+    features = read_table(folder / "relevance" / "features.parquet")
+    target = target_features(features, load_coverage(folder / "coverage" / "anchor"), threshold)
+    seed = CheckedSeed(folder / "coverage" / "seed", load_coverage(folder / "coverage" / "seed"))
+    sizes = _sizes({"seed": seed} | ({"baseline": baseline} if baseline else {}), target, threshold)
+    rules = _verdicts(config.check, sizes)
+    facts = {
+        "run": config.name,
+        "baseline_run": config.check.baseline,
+        "threshold": threshold,
+        "preset": config.measure.preset,
+        "passed": all(rule["passed"] for rule in rules),
+        "rules": rules,
+        "num_target": int(target.sum()),
+        **sizes,
+        **({} if baseline is None else _changes(seed, baseline, target, threshold)),
+    }
+    write_text(folder / "check" / "check.md", check_page(facts, PAGE_FEATURES))
+    write_json(folder / "check" / "check.json", facts)
+    return facts
+
+
+def check_page(facts: dict[str, Any], num_shown: int) -> str:
+    """The verdict in Markdown."""
+    rows = [
+        (_rule_text(rule, facts), fraction(rule["value"]), _limit_text(rule), _verdict(rule["passed"]))
+        for rule in facts["rules"]
+    ]
+    return "\n".join(
+        [
+            f"## Coverage check: {_verdict(facts['passed'])}",
+            "",
+            *table(("rule", "measured", "limit", "verdict"), rows, texts=(0, 2, 3)),
+            "",
+            f"Run {facts['run']}, threshold {facts['threshold']:g}, preset {facts['preset']}; FAC is out of the "
+            f"{count(facts['num_target'])} relevant features that the anchor reaches.",
+            "",
+            *_size_lines(facts),
+            *_change_lines("lost", "in the baseline's seed, not in this one", facts, num_shown),
+            *_change_lines("gained", "in this seed, not in the baseline's", facts, num_shown),
+            "",
+        ]
+    )
+
+
+def _sizes(seeds: dict[str, CheckedSeed], target: Bool[np.ndarray, " d_sae"], threshold: float) -> dict[str, Any]:
+    matched = matched_coverage([one.coverage for one in seeds.values()], target, threshold)
+    sizes: dict[str, Any] = {"matched_samples": matched.num_samples}
+    for (name, one), at_samples in zip(seeds.items(), matched.at_samples, strict=True):
+        active = one.coverage.active(threshold)
+        sizes[name] = {
+            "num_samples": one.coverage.num_samples,
+            "num_tokens": one.coverage.num_tokens,
+            "num_covered": int((active & target).sum()),
+            "fac": coverage_fraction(active, target),
+            "fac_interval": list(coverage_interval(one.coverage.counts(threshold), one.coverage.num_samples, target)),
+            "fac_at_matched_samples": at_samples,
+        }
+    return sizes
+
+
+def _verdicts(rules: CheckConfig, sizes: dict[str, Any]) -> list[dict[str, Any]]:
+    verdicts = []
+    if rules.min_fac is not None:
+        fac = sizes["seed"]["fac"]
+        passed = fac >= rules.min_fac - TOLERANCE
+        verdicts.append({"rule": "min_fac", "value": fac, "limit": rules.min_fac, "passed": passed})
+    if "baseline" in sizes:
+        drop = sizes["baseline"]["fac_at_matched_samples"] - sizes["seed"]["fac_at_matched_samples"]
+        passed = drop <= rules.max_drop + TOLERANCE
+        verdicts.append({"rule": "max_drop", "value": drop, "limit": rules.max_drop, "passed": passed})
+    return verdicts
+
+
+def _changes(
+    seed: CheckedSeed, baseline: CheckedSeed, target: Bool[np.ndarray, " d_sae"], threshold: float
+) -> dict[str, list[dict[str, Any]]]:
+    mine, theirs = (one.coverage.active(threshold) & target for one in (seed, baseline))
+    return {
+        "lost": _features(baseline, theirs & ~mine, threshold),
+        "gained": _features(seed, mine & ~theirs, threshold),
+    }
+
+
+def _features(seed: CheckedSeed, mask: Bool[np.ndarray, " d_sae"], threshold: float) -> list[dict[str, Any]]:
+    ids = np.flatnonzero(mask)
+    counts = seed.coverage.counts(threshold)[ids]
+    spans = strongest_spans(seed.folder, ids, threshold)
+    return [
+        {"feature_id": int(ids[i]), "num_samples": int(counts[i]), "exemplars": spans.get(int(ids[i]), [])}
+        for i in np.lexsort((ids, -counts))
+    ]
+
+
+def _rule_text(rule: dict[str, Any], facts: dict[str, Any]) -> str:
+    if rule["rule"] == "min_fac":
+        return "FAC of the seed"
+    return f"FAC lost against the baseline, both at {count(facts['matched_samples'])} samples"
+
+
+def _limit_text(rule: dict[str, Any]) -> str:
+    return f"at {'least' if rule['rule'] == 'min_fac' else 'most'} {rule['limit']:g}"
+
+
+def _verdict(passed: bool) -> str:
+    return "PASS" if passed else "FAIL"
+
+
+def _size_lines(facts: dict[str, Any]) -> list[str]:
+    titles = (
+        "",
+        "samples",
+        "tokens",
+        "covered",
+        "FAC",
+        "95 % interval",
+        f"at {count(facts['matched_samples'])} samples",
+    )
+    labels = {"seed": "this seed", "baseline": f"baseline {facts['baseline_run']}"}
+    rows = [
+        (
+            label,
+            *(count(facts[name][key]) for key in ("num_samples", "num_tokens", "num_covered")),
+            fraction(facts[name]["fac"]),
+            " to ".join(map(fraction, facts[name]["fac_interval"])),
+            fraction(facts[name]["fac_at_matched_samples"]),
+        )
+        for name, label in labels.items()
+        if name in facts
+    ]
+    return table(titles, rows)
+
+
+def _change_lines(key: str, meaning: str, facts: dict[str, Any], num_shown: int) -> list[str]:
+    if key not in facts:
+        return []
+    rows = facts[key]
+    return ["", f"{count(len(rows))} features {key} ({meaning})", *feature_lines(rows, num_shown)]
