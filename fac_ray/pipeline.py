@@ -338,8 +338,8 @@ def _selection(config: RunConfig, name: str) -> Stage:
             base = load_coverage(corpora[1].folder).active(threshold) if wanted.base else None
             features = read_table(relevance[0].folder / "features.parquet") if relevance else None
             weights = feature_weights(features, wanted.weights, coverage.d_sae)
-            places = [config.folder / kind / name for kind in ("activations", "samples")]
-            pool = Pool(*places, coverage, threshold, weights, base)
+            activations, samples = (config.folder / kind / name for kind in ("activations", "samples"))
+            pool = Pool(activations, samples, coverage, threshold, weights, base)
             stage.finish(**select_samples(config, name, pool, folder, progress))
     return stage
 
