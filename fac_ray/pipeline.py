@@ -209,21 +209,22 @@ def _coverage(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequenc
 
     activations = _activations(config, name, corpus, needs)
     samples = _samples(config, name, corpus, needs)
+    rows = fingerprint(  # of the corpus only which parts are counted already, and a tally knows those
+        stage="coverage",
+        activations=activations.rows,
+        measure=config.measure.model_dump(include={"threshold", "thresholds", "num_exemplars", "span_words"}),
+        positive=config.relevance.positive,
+    )
     stage = Stage(
         config.folder / "coverage" / name,
-        fingerprint(
-            stage="coverage",
-            samples=samples.identity,
-            activations=activations.identity,
-            measure=config.measure.model_dump(include={"threshold", "thresholds", "num_exemplars", "span_words"}),
-            positive=config.relevance.positive,
-        ),
+        fingerprint(rows=rows, samples=samples.identity, activations=activations.identity),
         needs=(samples, activations),
+        rows=rows,
     )
     if not stage.finished:
         total, sources = samples.facts["num_samples"], (activations.folder, samples.folder)
         with Progress(f"coverage/{name}", total=total, unit="samples") as progress, reading(*sources):
-            folder = stage.begin()
+            folder = stage.begin(keep_partial=True)
             facts = reduce_coverage(
                 activations.folder,
                 samples.folder,
