@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy import sparse
 
+from fac_ray.activations import PARQUET
 from fac_ray.artifacts import parquet_files
-from fac_ray.coverage import FeatureCounts, flat_values, sparse_rows
+from fac_ray.coverage import FeatureCounter, FeatureCounts, flat_values, sparse_rows
 from fac_ray.exemplars import PEAKS, ExemplarsFold
 from fac_ray.reduction import SampleLabels, id_numbers, read_activations
 from fac_ray.schema import ACTIVATIONS, hash_of
@@ -93,12 +94,8 @@ def measure_stages(parts: Sequence[Path], labels: SampleLabels, d_sae: int, num_
     read_s, tables = cpu_seconds(lambda: list(read_activations(parts, COUNTED)))
     ids_s, classes = cpu_seconds(lambda: [labels.of(id_numbers(rows["sample_id"])) for rows in tables])
     lists_s, _ = cpu_seconds(lambda: [sparse_rows(rows, d_sae) for rows in tables])
-    counts_s, _ = cpu_seconds(
-        lambda: [
-            FeatureCounts.from_rows(rows, of_rows, GRID, THRESHOLD, d_sae)
-            for rows, of_rows in zip(tables, classes, strict=True)
-        ]
-    )
+    counter = FeatureCounter(GRID, THRESHOLD, d_sae)
+    counts_s, _ = cpu_seconds(lambda: [counter.count(*part) for part in zip(tables, classes, strict=True)])
     stages = {"read": read_s, "labels": ids_s, "lists": lists_s, "count": counts_s - lists_s}
     for column in ("feature_ids", "activations"):
         stages[f"read_{column}_alone"] = cpu_seconds(lambda name=column: list(read_activations(parts, [name])))[0]
@@ -126,15 +123,15 @@ def count(
     parts: Sequence[Path], labels: SampleLabels, d_sae: int, exemplars: ExemplarsFold | None = None
 ) -> FeatureCounts:
     """The counts of all parts, as a task of the reduction makes them; and the exemplars, if they are wanted."""
-    counts = FeatureCounts.empty(GRID, THRESHOLD, d_sae)
+    counter = FeatureCounter(GRID, THRESHOLD, d_sae)
     for rows in read_activations(parts, COUNTED if exemplars is None else ACTIVATIONS.names):
         classes = labels.of(id_numbers(rows["sample_id"]))
-        counts = counts.merge(FeatureCounts.from_rows(rows, classes, GRID, THRESHOLD, d_sae))
+        counter.count(rows, classes)
         if exemplars is not None:
             exemplars.fold(rows)
     if exemplars is not None:
         exemplars.result()
-    return counts
+    return counter.result()
 
 
 def strongest(parts: Sequence[Path], d_sae: int) -> pa.Table:
@@ -221,7 +218,7 @@ def write_parts(folder: Path, d_sae: int, num_samples: int) -> SampleLabels:
         drawn = feature_of_rank[np.minimum(np.searchsorted(reach, random.random(lengths.sum())), d_sae - 1)]
         cells = np.unique(np.repeat(np.arange(size), lengths) * d_sae + drawn)
         rows = _activation_rows(random, cells // d_sae, (cells % d_sae).astype(np.int32), first, size)
-        pq.write_table(rows, folder / f"{number:06d}-0.parquet", compression="zstd")
+        pq.write_table(rows, folder / f"{number:06d}-0.parquet", **PARQUET)
         numbers.append(id_numbers(rows["sample_id"]))
     ids = np.concatenate(numbers)
     labelled = random.random(len(ids)) < 2 / 3

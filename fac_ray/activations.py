@@ -46,6 +46,14 @@ BLOCKS_PER_ACTOR = 8
 BATCH_SAMPLES = 256
 """Samples that an actor gets at once, to group them by length."""
 
+PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": [f"{name}.list.element" for name in ("feature_ids", "peak_start", "peak_end")],
+    "column_encoding": {"activations.list.element": "BYTE_STREAM_SPLIT"},
+}
+"""How parts are written: activations seldom recur, so a dictionary of them costs time and room; their bytes apart, the
+exponents together, are a fifth smaller and read in half the time."""
+
 SPARE_CPUS = 3
 """CPUs that a pool leaves to the tasks around it: one reads, one drops what is committed, one writes."""
 WAIT_FOR_CAPACITY_S = 24 * 3600
@@ -194,7 +202,7 @@ def _run(parts: list[tuple[Path, int]], output_folder: Path, config: RunConfig) 
             num_gpus=pool.num_gpus,
             num_cpus=pool.num_cpus,
             udf_modifying_row_count=False,
-        ).write_parquet(str(output_folder), mode=ray.data.SaveMode.APPEND, compression="zstd")
+        ).write_parquet(str(output_folder), mode=ray.data.SaveMode.APPEND, **PARQUET)
 
 
 @contextmanager

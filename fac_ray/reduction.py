@@ -25,7 +25,7 @@ from jaxtyping import Int, UInt64
 
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
 from fac_ray.config import MeasureConfig
-from fac_ray.coverage import NEGATIVE, POSITIVE, UNLABELLED, CorpusCoverage, CountsFold, FeatureCounts
+from fac_ray.coverage import NEGATIVE, POSITIVE, UNLABELLED, CorpusCoverage, CountsFold, FeatureCounter, FeatureCounts
 from fac_ray.exemplars import ExemplarsFold, TopExemplars, span_of
 from fac_ray.schema import ACTIVATIONS, COVERAGE, EXEMPLARS, hash_of, require_columns
 
@@ -36,8 +36,6 @@ MIN_GROUPS, MAX_GROUPS = 16, 256
 """Groups that the parts of a corpus are made into, one for each task; fewer only if there are fewer parts."""
 GROUP_BYTES = 128 << 20
 """Between these bounds a group has so many bytes: its partial, which grows with d_sae, is then small beside them."""
-FOLD_BYTES = 32 << 20
-"""Rows of so many bytes are counted at once: a part alone is small beside the counts of a wide SAE."""
 MERGE_EVERY = 6
 """Exemplars of so many partials wait in the driver for one merge."""
 SPARE_EXEMPLARS = 3
@@ -213,18 +211,17 @@ def _reduce_parts(
     """One partial from the activation parts that a batch names."""
     labels: SampleLabels = ray.get(labels_ref)
     paths = batch["path"].to_pylist()
-    counts = FeatureCounts.empty(measure.grid, measure.threshold, d_sae)
-    exemplars, seen = ExemplarsFold(num_kept, d_sae), _RowSet()
+    counter, exemplars = FeatureCounter(measure.grid, measure.threshold, d_sae), ExemplarsFold(num_kept, d_sae)
+    seen = _RowSet()
     for rows in read_activations(paths):
         numbers = id_numbers(rows["sample_id"])
         seen = seen.add(_RowSet.of(numbers))
-        part = FeatureCounts.from_rows(rows, labels.of(numbers), measure.grid, measure.threshold, d_sae)
-        counts = counts.merge(part)
+        counter.count(rows, labels.of(numbers))
         exemplars.fold(rows)
     return pa.table(
         {
             "parts": ["\n".join(paths)],
-            "counts": pa.array([counts.to_bytes()], pa.large_binary()),
+            "counts": pa.array([counter.result().to_bytes()], pa.large_binary()),
             "exemplars": pa.array([exemplars.result().to_bytes()], pa.large_binary()),
             "num_rows": [seen.num_rows],
             "id_sum": pa.array([seen.id_sum], pa.uint64()),
@@ -233,16 +230,13 @@ def _reduce_parts(
 
 
 def read_activations(paths: Sequence[str | Path], columns: Sequence[str] = ACTIVATIONS.names) -> Iterator[pa.Table]:
-    """The rows of activation parts, some parts at a time: at least FOLD_BYTES, but for the last."""
+    """Columns of ACTIVATIONS, one row group after the other: what is in memory at once depends on no file's size."""
     schema = pa.schema([ACTIVATIONS.field(name) for name in columns])
-    waiting: list[pa.Table] = []
     for path in paths:
-        waiting.append(require_columns(pq.read_table(path, columns=list(columns)), schema, str(path)))
-        if sum(part.nbytes for part in waiting) >= FOLD_BYTES:
-            yield pa.concat_tables(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting)
+        with pq.ParquetFile(path) as file:
+            for number in range(file.num_row_groups):
+                rows = file.read_row_group(number, columns=list(columns), use_threads=False)
+                yield require_columns(rows, schema, str(path))
 
 
 def _gather(tops: list[TopExemplars], top: TopExemplars) -> list[TopExemplars]:
