@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -54,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pa.set_cpu_count(1)
     report = {str(d_sae): measure_width(d_sae, arguments.samples) for d_sae in WIDTHS}
-    print(json.dumps(report, indent=2))
+    click.echo(json.dumps(report, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 

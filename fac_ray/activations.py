@@ -39,12 +39,11 @@ if TYPE_CHECKING:
 TRIES_FOLDER = "_tries"
 """Where the actors note what they are about to measure."""
 
-MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES = 1024, 64
-"""Samples of a part, which is what an interruption costs each actor."""
+MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES = 1024, 128
+"""Samples of a part, which is what an interruption costs each actor. An actor gets them at once, to group them by
+length: of the tokens that it computes for chats, padding is 4 % in 1,024 samples, 19 % in 128 and 28 % in 64."""
 BLOCKS_PER_ACTOR = 8
 """Parts that a small corpus is cut into for each actor, so that all of them have work to the end."""
-BATCH_SAMPLES = 256
-"""Samples that an actor gets at once, to group them by length."""
 
 PARQUET: dict[str, Any] = {
     "compression": "zstd",
@@ -196,7 +195,7 @@ def _run(parts: list[tuple[Path, int]], output_folder: Path, config: RunConfig) 
                 "num_threads": pool.num_threads,
                 "tries": output_folder / TRIES_FOLDER,
             },
-            batch_size=min(BATCH_SAMPLES, block_samples),
+            batch_size=block_samples,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=pool.num_actors, max_concurrent_calls_per_actor=2),
             num_gpus=pool.num_gpus,
