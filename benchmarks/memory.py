@@ -35,7 +35,7 @@ from fac_ray.artifacts import write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
 from fac_ray.progress import Progress
 from fac_ray.reduction import reduce_coverage
-from fac_ray.schema import SAMPLES, Message, content_id, sample_id
+from fac_ray.schema import SAMPLES, Message
 
 MODEL = Path(__file__).parents[2] / "shared/models/stories260K"
 HOOK_LAYER, D_MODEL, D_SAE, K = 3, 64, 2048, 8
@@ -146,7 +146,7 @@ def run_config(folder: Path) -> RunConfig:
 
 def write_samples(folder: Path, size: int) -> None:
     """Write SAMPLES parts: the chats, cut, in turn until there are enough."""
-    from shapes import CHATS, as_samples, read_chats
+    from shapes import CHATS, as_samples, read_chats, sample_row
 
     chats = as_samples([cut(chat) for chat in read_chats(CHATS, NUM_CHATS)])
     for first in range(0, size, PART_ROWS):
@@ -157,14 +157,6 @@ def write_samples(folder: Path, size: int) -> None:
 def cut(chat: list[Message]) -> list[Message]:
     """The start of a chat."""
     return [Message(role=m["role"], content=m["content"][:NUM_CHARACTERS] or ".") for m in chat[:NUM_MESSAGES]]
-
-
-def sample_row(text: str, messages: list[Message], row: int) -> dict[str, Any]:
-    """The SAMPLES row of a chat."""
-    content = content_id(text, messages)
-    place = {"source_file": "chats.jsonl", "source_row": row}
-    ids = {"sample_id": sample_id("chats.jsonl", row, content), "content_id": content}
-    return {**ids, "text": text, "messages": messages, "label": None, **place}
 
 
 if __name__ == "__main__":

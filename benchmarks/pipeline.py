@@ -32,8 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
-from memory import sample_row
-from shapes import CHATS, SHAPE_M, Shape, as_samples, read_chats, save_model, save_sae
+from shapes import CHATS, SHAPE_M, Shape, as_samples, read_chats, sample_row, save_model, save_sae
 
 from fac_ray.activations import extract_activations
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
