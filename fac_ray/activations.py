@@ -39,12 +39,19 @@ if TYPE_CHECKING:
 TRIES_FOLDER = "_tries"
 """Where the actors note what they are about to measure."""
 
-MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES = 1024, 64
-"""Samples of a part, which is what an interruption costs each actor."""
+MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES = 1024, 128
+"""Samples of a part, which is what an interruption costs each actor. An actor gets them at once, to group them by
+length: of the tokens that it computes for chats, padding is 4 % in 1,024 samples, 19 % in 128 and 28 % in 64."""
 BLOCKS_PER_ACTOR = 8
 """Parts that a small corpus is cut into for each actor, so that all of them have work to the end."""
-BATCH_SAMPLES = 256
-"""Samples that an actor gets at once, to group them by length."""
+
+PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": [f"{name}.list.element" for name in ("feature_ids", "peak_start", "peak_end")],
+    "column_encoding": {"activations.list.element": "BYTE_STREAM_SPLIT"},
+}
+"""How parts are written: activations seldom recur, so a dictionary of them costs time and room; their bytes apart, the
+exponents together, are a fifth smaller and read in half the time."""
 
 SPARE_CPUS = 3
 """CPUs that a pool leaves to the tasks around it: one reads, one drops what is committed, one writes."""
@@ -188,13 +195,13 @@ def _run(parts: list[tuple[Path, int]], output_folder: Path, config: RunConfig) 
                 "num_threads": pool.num_threads,
                 "tries": output_folder / TRIES_FOLDER,
             },
-            batch_size=min(BATCH_SAMPLES, block_samples),
+            batch_size=block_samples,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=pool.num_actors, max_concurrent_calls_per_actor=2),
             num_gpus=pool.num_gpus,
             num_cpus=pool.num_cpus,
             udf_modifying_row_count=False,
-        ).write_parquet(str(output_folder), mode=ray.data.SaveMode.APPEND, compression="zstd")
+        ).write_parquet(str(output_folder), mode=ray.data.SaveMode.APPEND, **PARQUET)
 
 
 @contextmanager

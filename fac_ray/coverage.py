@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,9 +116,8 @@ class FeatureCounts:
     @classmethod
     def empty(cls, thresholds: Sequence[float], threshold: float, d_sae: int) -> FeatureCounts:
         """The identity of `merge`: the counts of no rows."""
-        zeros = np.zeros(d_sae, np.int64)
-        counts = np.zeros((len(thresholds), d_sae), np.int64)
-        return cls(tuple(thresholds), threshold, counts, np.zeros(d_sae, np.float32), zeros, zeros)
+        counts, labelled, positive = (np.zeros(shape, np.int64) for shape in ((len(thresholds), d_sae), d_sae, d_sae))
+        return cls(tuple(thresholds), threshold, counts, np.zeros(d_sae, np.float32), labelled, positive)
 
     @classmethod
     def from_rows(
@@ -134,29 +133,9 @@ class FeatureCounts:
         Raises:
             ValueError: the lists do not fit together, or a feature_id lies outside [0, d_sae).
         """
-        measured = pc.is_null(rows["error"]).to_numpy()
-        num_errors = int((~measured).sum())
-        if num_errors:
-            rows, labels = rows.filter(pa.array(measured)), labels[measured]
-        pairs = sparse_rows(rows, d_sae)
-        max_activation = np.zeros(d_sae, np.float32)
-        np.maximum.at(max_activation, pairs.feature_ids, pairs.activations)
-        active = is_active(pairs.activations, threshold)
-        pair_labels = labels[pairs.row[active]]
-        active_ids = pairs.feature_ids[active]
-        return cls(
-            tuple(thresholds),
-            threshold,
-            _count_by_threshold(pairs, tuple(thresholds), d_sae),
-            max_activation,
-            labelled=_count(active_ids[pair_labels != UNLABELLED], d_sae),
-            positive=_count(active_ids[pair_labels == POSITIVE], d_sae),
-            num_rows=len(rows),
-            num_tokens=int(pc.sum(rows["num_tokens"]).as_py() or 0),
-            num_labelled_rows=int((labels != UNLABELLED).sum()),
-            num_positive_rows=int((labels == POSITIVE).sum()),
-            num_errors=num_errors,
-        )
+        counter = FeatureCounter(thresholds, threshold, d_sae)
+        counter.count(rows, labels)
+        return counter.result()
 
     def merge(self, other: FeatureCounts) -> FeatureCounts:
         """Counts of the rows of both: sums, and the larger of the maxima.
@@ -192,6 +171,71 @@ class FeatureCounts:
             values = {f.name: arrays[f.name] for f in fields(cls)}
         scalars = {name: value.item() for name, value in values.items() if value.ndim == 0}
         return cls(**{**values, **scalars, "thresholds": tuple(values["thresholds"].tolist())})
+
+
+class FeatureCounter:
+    """The counts of many ACTIVATIONS rows, some rows at a time: what a row costs does not depend on d_sae.
+
+    A pair's level is the number of thresholds that it exceeds. One cell for each feature and level counts the pairs,
+    and `result` sums the levels up: a pair above the third threshold is above the first two as well.
+    """
+
+    def __init__(self, thresholds: Sequence[float], threshold: float, d_sae: int) -> None:
+        self._counts = FeatureCounts.empty(thresholds, threshold, d_sae)  # all but the grid, which stands in the cells
+        self._cells = np.zeros(d_sae * (len(thresholds) + 1), np.int64)
+
+    def count(self, rows: pa.Table, labels: Int[np.ndarray, " rows"]) -> None:
+        """Add rows with distinct features in each; `labels`: POSITIVE, NEGATIVE or UNLABELLED.
+
+        Raises:
+            ValueError: the lists do not fit together, or a feature_id lies outside [0, d_sae).
+        """
+        old, num_errors = self._counts, len(rows) - rows["error"].null_count
+        if num_errors:
+            measured = pc.is_null(rows["error"])
+            rows, labels = rows.filter(measured), labels[measured.to_numpy()]
+        pairs = sparse_rows(rows, len(old.max_activation))
+        self._count_levels(pairs)
+        np.maximum.at(old.max_activation, pairs.feature_ids, pairs.activations)
+        self._count_labels(pairs, labels)
+        self._counts = replace(
+            old,
+            num_rows=old.num_rows + len(rows),
+            num_tokens=old.num_tokens + int(pc.sum(rows["num_tokens"]).as_py() or 0),
+            num_labelled_rows=old.num_labelled_rows + int(np.count_nonzero(labels != UNLABELLED)),
+            num_positive_rows=old.num_positive_rows + int(np.count_nonzero(labels == POSITIVE)),
+            num_errors=old.num_errors + num_errors,
+        )
+
+    def result(self) -> FeatureCounts:
+        """The counts of all rows so far."""
+        levels = self._cells.reshape(len(self._counts.max_activation), -1)
+        at_least = levels[:, ::-1].cumsum(axis=1)[:, ::-1]
+        return replace(
+            self._counts,
+            num_samples=np.ascontiguousarray(at_least[:, 1:].T),
+            max_activation=self._counts.max_activation.copy(),
+            labelled=self._counts.labelled.copy(),
+            positive=self._counts.positive.copy(),
+        )
+
+    def _count_levels(self, pairs: SparseRows) -> None:
+        level = np.zeros(len(pairs.feature_ids), np.uint8)
+        for threshold in self._counts.thresholds:
+            level += is_active(pairs.activations, threshold)
+        cells = np.multiply(pairs.feature_ids, len(self._counts.thresholds) + 1, dtype=np.int64)
+        cells += level
+        self._cells += np.bincount(cells, minlength=len(self._cells))
+
+    def _count_labels(self, pairs: SparseRows, labels: Int[np.ndarray, " rows"]) -> None:
+        if (labels == UNLABELLED).all():
+            return
+        of_pair = labels[pairs.row]
+        at = np.flatnonzero(is_active(pairs.activations, self._counts.threshold) & (of_pair != UNLABELLED))
+        ids, d_sae = pairs.feature_ids[at], len(self._counts.labelled)
+        np.add(self._counts.labelled, np.bincount(ids, minlength=d_sae), out=self._counts.labelled)
+        positive = ids[of_pair[at] == POSITIVE]
+        np.add(self._counts.positive, np.bincount(positive, minlength=d_sae), out=self._counts.positive)
 
 
 class CountsFold:
@@ -275,20 +319,3 @@ class CorpusCoverage:
             ValueError: the threshold was not counted.
         """
         return self.counts(threshold) > 0
-
-
-def _count(feature_ids: Int[np.ndarray, " pairs"], d_sae: int) -> Int[np.ndarray, " d_sae"]:
-    return np.bincount(feature_ids, minlength=d_sae).astype(np.int64)
-
-
-def _count_by_threshold(
-    pairs: SparseRows, thresholds: tuple[float, ...], d_sae: int
-) -> Int[np.ndarray, "thresholds d_sae"]:
-    """One pass for the whole grid: a pair's level is the number of thresholds it exceeds; then levels are summed up."""
-    level = np.zeros(len(pairs.feature_ids), np.uint8)
-    for threshold in thresholds:
-        level += is_active(pairs.activations, threshold)
-    width = len(thresholds) + 1
-    cells = np.bincount(pairs.feature_ids.astype(np.int64) * width + level, minlength=d_sae * width)
-    at_least = cells.reshape(d_sae, width)[:, ::-1].cumsum(axis=1)[:, ::-1]
-    return np.ascontiguousarray(at_least[:, 1:].T, dtype=np.int64)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,17 +25,19 @@ from jaxtyping import Int, UInt64
 
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
 from fac_ray.config import MeasureConfig
-from fac_ray.coverage import NEGATIVE, POSITIVE, UNLABELLED, CorpusCoverage, CountsFold, FeatureCounts
-from fac_ray.exemplars import TopExemplars, span_of
+from fac_ray.coverage import NEGATIVE, POSITIVE, UNLABELLED, CorpusCoverage, CountsFold, FeatureCounter, FeatureCounts
+from fac_ray.exemplars import ExemplarsFold, TopExemplars, span_of
 from fac_ray.schema import ACTIVATIONS, COVERAGE, EXEMPLARS, hash_of, require_columns
 
 if TYPE_CHECKING:
     from fac_ray.progress import Progress
 
-MAX_PARTIALS = 256
-"""Partials that the driver folds; more parts than that go several to a task."""
+MIN_GROUPS, MAX_GROUPS = 16, 256
+"""Groups that the parts of a corpus are made into, one for each task; fewer only if there are fewer parts."""
+GROUP_BYTES = 128 << 20
+"""Between these bounds a group has so many bytes: its partial, which grows with d_sae, is then small beside them."""
 MERGE_EVERY = 6
-"""Exemplars of so many parts wait in memory for one merge."""
+"""Exemplars of so many partials wait in the driver for one merge."""
 SPARE_EXEMPLARS = 3
 """Times `num_exemplars` that are kept until duplicates among the spans are known."""
 
@@ -209,24 +211,32 @@ def _reduce_parts(
     """One partial from the activation parts that a batch names."""
     labels: SampleLabels = ray.get(labels_ref)
     paths = batch["path"].to_pylist()
-    counts = FeatureCounts.empty(measure.grid, measure.threshold, d_sae)
-    tops, seen = [TopExemplars.empty(num_kept)], _RowSet()
-    for path in paths:
-        rows = require_columns(pq.read_table(path), ACTIVATIONS, path)
+    counter, exemplars = FeatureCounter(measure.grid, measure.threshold, d_sae), ExemplarsFold(num_kept, d_sae)
+    seen = _RowSet()
+    for rows in read_activations(paths):
         numbers = id_numbers(rows["sample_id"])
         seen = seen.add(_RowSet.of(numbers))
-        part = FeatureCounts.from_rows(rows, labels.of(numbers), measure.grid, measure.threshold, d_sae)
-        counts = counts.merge(part)
-        tops = _gather(tops, TopExemplars.from_rows(rows, num_kept, d_sae))
+        counter.count(rows, labels.of(numbers))
+        exemplars.fold(rows)
     return pa.table(
         {
             "parts": ["\n".join(paths)],
-            "counts": pa.array([counts.to_bytes()], pa.large_binary()),
-            "exemplars": pa.array([TopExemplars.merge_all(tops).to_bytes()], pa.large_binary()),
+            "counts": pa.array([counter.result().to_bytes()], pa.large_binary()),
+            "exemplars": pa.array([exemplars.result().to_bytes()], pa.large_binary()),
             "num_rows": [seen.num_rows],
             "id_sum": pa.array([seen.id_sum], pa.uint64()),
         }
     )
+
+
+def read_activations(paths: Sequence[str | Path], columns: Sequence[str] = ACTIVATIONS.names) -> Iterator[pa.Table]:
+    """Columns of ACTIVATIONS, one row group after the other: what is in memory at once depends on no file's size."""
+    schema = pa.schema([ACTIVATIONS.field(name) for name in columns])
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for number in range(file.num_row_groups):
+                rows = file.read_row_group(number, columns=list(columns), use_threads=False)
+                yield require_columns(rows, schema, str(path))
 
 
 def _gather(tops: list[TopExemplars], top: TopExemplars) -> list[TopExemplars]:
@@ -294,10 +304,12 @@ def _rank_spans(spans: pa.Table, num_exemplars: int) -> pa.Table:
 
 
 def _map_parts(folder: Path, function: Callable[[pa.Table], Any]) -> ray.data.Dataset:
-    """`function` over tables with a column `path`, each naming some of the folder's parts; at most MAX_PARTIALS."""
-    paths = [str(path.resolve()) for path in _require_parts(folder)]
-    num_groups = min(len(paths), MAX_PARTIALS)
-    dataset = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=num_groups)
+    """`function` over tables with a column `path`, each naming a group of the folder's parts."""
+    paths = _require_parts(folder)
+    by_size = sum(path.stat().st_size for path in paths) // GROUP_BYTES
+    num_groups = min(len(paths), max(MIN_GROUPS, min(MAX_GROUPS, by_size)))
+    items = [{"path": str(path.resolve())} for path in paths]
+    dataset = ray.data.from_items(items, override_num_blocks=num_groups)
     return dataset.map_batches(function, batch_size=None, batch_format="pyarrow")
 
 
