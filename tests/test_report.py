@@ -314,6 +314,7 @@ def test_corpora_stages_and_machine_are_on_record(run):
         40,
         10,
     )
+    assert anchor["num_sinks"] == 2
     assert list(report["corpora"]) == ["anchor", "seed", "targeted", "untargeted"]
     assert all(stage["seconds"] >= 0 for stage in report["stages"].values())
     assert report["versions"] == {"fac-ray": "0.1.0"}
