@@ -111,8 +111,9 @@ class Pool(NamedTuple):
 def extract_activations(
     samples_folder: Path, output_folder: Path, config: RunConfig, progress: Progress
 ) -> dict[str, Any]:
-    """Measure every sample that is not measured yet; returns num_samples, num_tokens, num_errors, num_truncated and
-    tokens_per_s (of this attempt). The progress counts committed samples. All workers must see both folders.
+    """Measure every sample that is not measured yet; returns num_samples, num_tokens, num_sinks, num_errors,
+    num_truncated and tokens_per_s (of this attempt). The progress counts committed samples. All workers must see both
+    folders.
 
     Raises:
         FileNotFoundError: `samples_folder` holds no Parquet file.

@@ -250,7 +250,10 @@ def sae() -> None:
 @click.option("--folder", metavar="DIR", help=f"Embedded world: where to write [{DEFAULT_SAE_FOLDER}].")
 @click.option("--verbose", is_flag=True, help="Show Ray's own output, and tracebacks.")
 def sae_train(path: str | None, overrides: tuple[str, ...], folder: str | None, verbose: bool) -> None:
-    """Train the SAE at `sae.path` on the texts of the corpora, and measure it.
+    """Train and measure the SAE at `sae.path`.
+
+    It learns the model's residual stream over the texts of all corpora, by the section `sae_training` of the config. The
+    same command goes on after an interruption; the folder that comes out holds card.md. See docs/sae-training.md.
 
     \b
     Example: fac-ray sae train --config my.yaml --set sae_training.d_sae=16384 --set sae_training.k=32

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 
 from fac_ray.backbone import load_backbone
@@ -27,6 +27,7 @@ from fac_ray.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
 from fac_ray.sae import SparseAutoencoder, load_sae
 from fac_ray.sae_origin import require_fit
 from fac_ray.schema import ACTIVATIONS, Message
+from fac_ray.sinks import sink_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class SampleFeatures(NamedTuple):
     peak_end: Int32[np.ndarray, " n"]
     num_tokens: int
     """Pooled tokens."""
+    num_sinks: int
+    """Attention sinks, which are not pooled."""
     truncated: bool
     error: str | None
     """Why the sample could not be measured; then n = 0."""
@@ -95,9 +98,11 @@ class FeatureExtractor:
             for window in windows(sample, self.window_tokens, bos_token_id)
         ]
         parts: list[list[Peaks]] = [[] for _ in samples]
-        for i, peaks in self._pooled(pending):
+        num_sinks = [0] * len(samples)
+        for i, peaks, sinks in self._pooled(pending):
             parts[i].append(peaks)
-        return [_features(sample, found) for sample, found in zip(tokenized, parts, strict=True)]
+            num_sinks[i] += sinks
+        return [_features(*sample) for sample in zip(tokenized, parts, num_sinks, strict=True)]
 
     def extract_table(self, samples: pa.Table) -> pa.Table:
         """ACTIVATIONS rows for SAMPLES rows (columns sample_id, text, messages), in the same order."""
@@ -110,6 +115,7 @@ class FeatureExtractor:
             "peak_start": _lists([f.peak_start for f in found], pa.int32()),
             "peak_end": _lists([f.peak_end for f in found], pa.int32()),
             "num_tokens": [f.num_tokens for f in found],
+            "num_sinks": [f.num_sinks for f in found],
             "truncated": [f.truncated for f in found],
             "error": [f.error for f in found],
         }
@@ -132,8 +138,8 @@ class FeatureExtractor:
         except ValueError as error:
             return str(error)
 
-    def _pooled(self, pending: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks]]:
-        """(owner, peaks) of every (owner, window), longest first, as many at once as the token budget allows."""
+    def _pooled(self, pending: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks, int]]:
+        """(owner, peaks, sinks) of every (owner, window), longest first, as many at once as the token budget allows."""
         longest_first = deque(sorted(pending, key=lambda owned: -len(owned[1].token_ids)))
         while longest_first:
             num_windows = max(1, self._batch_tokens // len(longest_first[0][1].token_ids))
@@ -144,7 +150,7 @@ class FeatureExtractor:
                 self._take_less(batch, error)
                 longest_first.extendleft(reversed(batch))
             else:
-                yield from ((batch[row][0], peaks) for row, peaks in found)
+                yield from ((batch[row][0], peaks, sinks) for row, peaks, sinks in found)
 
     def _take_less(self, batch: Sequence[tuple[int, Window]], error: torch.OutOfMemoryError) -> None:
         """From now on half as many windows at once as in the batch for which memory ran out."""
@@ -159,8 +165,9 @@ class FeatureExtractor:
         logger.warning("out of memory: from now on at most %d tokens at once", self._batch_tokens)
 
     @torch.inference_mode()
-    def _peaks(self, batch: Sequence[Window]) -> list[tuple[int, Peaks]]:
-        """(row in the batch, peaks) of each window, and of a window that is cut between stretches for each stretch."""
+    def _peaks(self, batch: Sequence[Window]) -> list[tuple[int, Peaks, int]]:
+        """(row in the batch, peaks, number of sinks) of each window, and of a window that is cut between stretches for
+        each stretch, with its sinks at the first."""
         token_ids = torch.zeros(len(batch), len(batch[0].token_ids), dtype=torch.long)
         for row, window in zip(token_ids, batch, strict=True):
             row[: len(window.token_ids)] = torch.from_numpy(window.token_ids)
@@ -168,17 +175,28 @@ class FeatureExtractor:
         columns = np.concatenate([window.pooled for window in batch])
         positions = np.concatenate([window.positions for window in batch])
         residual = self.backbone.residual(token_ids)[torch.from_numpy(rows), torch.from_numpy(columns)]
+        num_sinks = np.zeros(len(batch), np.int64)
+        if (sinks := self._sinks(residual, batch)) is not None:
+            num_sinks += np.bincount(rows[sinks], minlength=len(batch))
+            residual, rows, positions = residual[torch.from_numpy(~sinks)], rows[~sinks], positions[~sinks]
         num_tokens = max(1, STRETCH_NUMBERS["cuda" if self.backbone.device.type == "cuda" else "cpu"] // self.d_sae)
         found = []
         for first in range(0, len(rows), num_tokens):
             stretch = slice(first, first + num_tokens)
             starts = np.flatnonzero(np.diff(rows[stretch], prepend=-1))
             peaks = self._stretch_peaks(residual[stretch], [*starts.tolist(), len(rows[stretch])])
-            found += [
-                (int(row), part._replace(tokens=positions[stretch][part.tokens]))
-                for row, part in zip(rows[stretch][starts], peaks, strict=True)
-            ]
+            for row, part in zip(rows[stretch][starts].tolist(), peaks, strict=True):
+                found.append((row, part._replace(tokens=positions[stretch][part.tokens]), int(num_sinks[row])))
+                num_sinks[row] = 0
         return found
+
+    def _sinks(self, residual: Float[Tensor, "N d_model"], batch: Sequence[Window]) -> Bool[np.ndarray, " N"] | None:
+        """Which pooled tokens of the windows are attention sinks; None if none is."""
+        if not self.measure.sink_norm_ratio:
+            return None
+        bounds = np.cumsum([0, *(len(window.pooled) for window in batch)]).tolist()
+        sinks = sink_tokens(residual, bounds, self.measure.sink_norm_ratio).cpu().numpy()
+        return sinks if sinks.any() else None
 
     def _stretch_peaks(self, residual: Float[Tensor, "N d_model"], bounds: Sequence[int]) -> Iterator[Peaks]:
         assert self.measure.activation is not None
@@ -187,7 +205,7 @@ class FeatureExtractor:
         return dense_peaks(self.sae.encode(residual, self.measure.activation), bounds)
 
 
-def _features(sample: TokenizedSample | str, parts: Sequence[Peaks]) -> SampleFeatures:
+def _features(sample: TokenizedSample | str, parts: Sequence[Peaks], num_sinks: int) -> SampleFeatures:
     if isinstance(sample, str):
         return _unmeasured(sample)
     if not all(np.isfinite(part.activations).all() for part in parts):
@@ -198,7 +216,8 @@ def _features(sample: TokenizedSample | str, parts: Sequence[Peaks]) -> SampleFe
         peaks.activations,
         sample.start[peaks.tokens],
         sample.end[peaks.tokens],
-        int(sample.pooled.sum()),
+        int(sample.pooled.sum()) - num_sinks,
+        num_sinks,
         sample.truncated,
         None,
     )
@@ -206,7 +225,7 @@ def _features(sample: TokenizedSample | str, parts: Sequence[Peaks]) -> SampleFe
 
 def _unmeasured(reason: str) -> SampleFeatures:
     none = np.empty(0, dtype=np.int32)
-    return SampleFeatures(none, np.empty(0, dtype=np.float32), none, none, 0, False, reason)
+    return SampleFeatures(none, np.empty(0, dtype=np.float32), none, none, 0, 0, False, reason)
 
 
 def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:

@@ -35,6 +35,7 @@ class Totals(NamedTuple):
 
     num_samples: int
     num_tokens: int
+    num_sinks: int
     num_errors: int
     num_truncated: int
 
@@ -47,12 +48,13 @@ def committed_ids(folder: Path) -> list[Path]:
 
 def committed_totals(folder: Path) -> Totals:
     """Sums over the parts whose ids are committed; a part that may not be whole is not read."""
-    totals = Totals(0, 0, 0, 0)
+    totals = Totals(0, 0, 0, 0, 0)
     for part in _committed_parts(folder):
-        rows = pq.read_table(part, columns=["num_tokens", "truncated", "error"])
+        rows = pq.read_table(part, columns=["num_tokens", "num_sinks", "truncated", "error"])
         found = (
             rows.num_rows,
             pc.sum(rows["num_tokens"]).as_py() or 0,
+            pc.sum(rows["num_sinks"]).as_py() or 0,
             rows.num_rows - rows["error"].null_count,
             pc.sum(rows["truncated"]).as_py() or 0,
         )

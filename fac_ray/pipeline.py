@@ -40,7 +40,7 @@ from fac_ray.artifacts import (
     write_table,
     write_text,
 )
-from fac_ray.config import ConfigError, CorpusConfig, DiversityConfig, RunConfig
+from fac_ray.config import PRESETS, ConfigError, CorpusConfig, DiversityConfig, RunConfig
 from fac_ray.instrument import digest_of
 from fac_ray.progress import Progress
 from fac_ray.tasks import load_task
@@ -179,7 +179,7 @@ def _activations(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequ
         version=fac_ray.__version__,
         model=[config.model.model_dump(), _state_of(config.model.path)],
         sae=[config.sae.model_dump(), _state_of(config.sae.path)],
-        switches=measure.model_dump(include={"activation", "tokens", "max_tokens", "double_bos", "window_tokens"}),
+        switches=measure.model_dump(include={*PRESETS["corrected"], "window_tokens"}),
     )
     stage = Stage(
         config.folder / "activations" / name,

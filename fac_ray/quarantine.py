@@ -88,8 +88,9 @@ def _try(samples: pa.Table, measure: Measure, note: Path) -> pa.Table | Exceptio
 def _set_aside(sample: pa.Table, reason: str) -> pa.Table:
     """The ACTIVATIONS row of a sample that is not measured."""
     lists: dict[str, list[int]] = {name: [] for name in ("feature_ids", "activations", "peak_start", "peak_end")}
-    facts = {"sample_id": sample["sample_id"][0].as_py(), "num_tokens": 0, "truncated": False, "error": reason}
-    return pa.Table.from_pylist([{**facts, **lists}], schema=ACTIVATIONS)
+    facts = {"num_tokens": 0, "num_sinks": 0, "truncated": False, "error": reason}
+    row = {"sample_id": sample["sample_id"][0].as_py(), **facts, **lists}
+    return pa.Table.from_pylist([row], schema=ACTIVATIONS)
 
 
 def _num_tries(note: Path) -> int:

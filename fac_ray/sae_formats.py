@@ -7,6 +7,7 @@ Architectures whose encoder is one matrix product (`MATRIX_ARCHITECTURES`) becom
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -128,8 +129,18 @@ def _read_hub(path: str) -> tuple[Encoder | Any, Origin]:
     try:
         sae = SAE.from_pretrained(release, sae_id, device="cpu")
     except UNREADABLE as error:
-        raise ConfigError(f"sae.path {path!r}: cannot be had from the hub: {_first_line(error)}") from error
+        raise ConfigError(
+            f"sae.path {path!r}: cannot be had from the hub: {_first_line(error)}{_way_out(error)}"
+        ) from error
     return _taken_over(sae, path)
+
+
+def _way_out(error: BaseException) -> str:
+    """What to do where the hub cannot be reached; empty if it was reached, or if SAELens does not know the name."""
+    if not isinstance(error, OSError):
+        return ""
+    offline = " (hubs are switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return f"{offline}; without a network, take a folder that SAELens' save_model wrote elsewhere as sae.path"
 
 
 def _fold_scale(sae: Any, path: Path) -> None:

@@ -80,6 +80,7 @@ def write_corpus(folder: Path, name: str) -> None:
             "peak_start": [[7] * len(row) for row in rows],
             "peak_end": [[11] * len(row) for row in rows],
             "num_tokens": [10] * len(ids),
+            "num_sinks": [0] * len(ids),
             "truncated": [False] * len(ids),
             "error": [None] * len(ids),
         },
@@ -90,7 +91,7 @@ def write_corpus(folder: Path, name: str) -> None:
     table = {"part": pa.table(samples, schema=SAMPLES)}
     facts = {"num_rows": len(ids) + 1, "num_samples": len(ids), "num_rejected": 1, "num_duplicates": 0}
     finish(folder / "samples" / name, table, **facts)
-    finish(folder / "activations" / name, {"part": activations}, num_errors=0, num_truncated=0)
+    finish(folder / "activations" / name, {"part": activations}, num_sinks=2, num_errors=0, num_truncated=0)
     finish(folder / "coverage" / name)
     save_coverage(folder / "coverage" / name, CorpusCoverage.from_counts(counts))
 
@@ -313,6 +314,7 @@ def test_corpora_stages_and_machine_are_on_record(run):
         40,
         10,
     )
+    assert anchor["num_sinks"] == 2
     assert list(report["corpora"]) == ["anchor", "seed", "targeted", "untargeted"]
     assert all(stage["seconds"] >= 0 for stage in report["stages"].values())
     assert report["versions"] == {"fac-ray": "0.1.0"}

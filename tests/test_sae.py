@@ -315,6 +315,15 @@ def test_a_hub_id_that_does_not_exist_is_refused():
         load("no-such-release:no-such-sae")
 
 
+def test_a_hub_id_without_a_network_is_refused_with_what_to_do(monkeypatch, tmp_path):
+    """As the hub's client behaves when it is told to stay offline and has nothing in its cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"HF_HUB_OFFLINE.*without a network, take a folder"):
+        load("gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical")
+
+
 @pytest.mark.parametrize("content", [b"", b"not an SAE", b"PK\x03\x04 not a zip either"])
 def test_what_is_not_an_sae_file_is_refused(tmp_path, content):
     (tmp_path / "sae.pth").write_bytes(content)

@@ -261,7 +261,7 @@ def test_a_content_that_the_template_writes_twice_is_pooled_twice():
 # ---- the presets ----
 
 PRESETS_PAGE = Path(__file__).parents[1] / "docs" / "presets.md"
-WRITTEN = {"none: windows": None, "{skip: 31}": {"skip": 31}, "true": True, "false": False, "512": 512}
+WRITTEN = {"none: windows": None, "{skip: 31}": {"skip": 31}, "true": True, "false": False, "512": 512, "10": 10.0}
 
 
 def documented_presets():
