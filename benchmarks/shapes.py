@@ -44,6 +44,7 @@ class Shape(NamedTuple):
 
 
 SHAPE_M = Shape()
+SHAPES = {"m": SHAPE_M, "llama-3.1-8b": Shape(4096, 14_336, 32, 32, 8, 16, 65_536, 20, 128_256)}
 
 
 def read_chats(path: Path, num_chats: int) -> list[list[Message]]:

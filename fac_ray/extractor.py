@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,9 @@ LONGEST_WINDOW_TOKENS = 4096
 STRETCH_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Numbers (tokens x d_sae) that the SAE computes at once: 64 MiB on a CPU, 1 GiB on a GPU."""
 
+PADDING_TOKENS = {"cpu": 64, "cuda": 256}
+"""Padding that one batch may hold: as many tokens as take about the time that one batch more would cost (reading all
+weights once more, or starting all kernels once more)."""
 
 NOT_FINITE = "its activations are not finite; use model.dtype bfloat16 or float32"
 
@@ -139,11 +142,11 @@ class FeatureExtractor:
             return str(error)
 
     def _pooled(self, pending: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks, int]]:
-        """(owner, peaks, sinks) of every (owner, window), longest first, as many at once as the token budget allows."""
+        """(owner, peaks, sinks) of every (owner, window), longest first, as many at once as budget and padding allow."""
         longest_first = deque(sorted(pending, key=lambda owned: -len(owned[1].token_ids)))
         while longest_first:
-            num_windows = max(1, self._batch_tokens // len(longest_first[0][1].token_ids))
-            batch = [longest_first.popleft() for _ in range(min(num_windows, len(longest_first)))]
+            num_windows = self._num_windows(len(window.token_ids) for _, window in longest_first)
+            batch = [longest_first.popleft() for _ in range(num_windows)]
             try:
                 found = self._peaks([window for _, window in batch])
             except torch.OutOfMemoryError as error:
@@ -151,6 +154,21 @@ class FeatureExtractor:
                 longest_first.extendleft(reversed(batch))
             else:
                 yield from ((batch[row][0], peaks, sinks) for row, peaks, sinks in found)
+
+    def _num_windows(self, lengths: Iterable[int]) -> int:
+        """How many of the windows, longest first, make the next batch."""
+        longest = padding = num_windows = 0
+        for length in lengths:
+            longest = longest or length
+            padding += longest - length
+            full = (num_windows + 1) * longest > self._batch_tokens or padding > self._of_device(PADDING_TOKENS)
+            if num_windows and full:
+                break
+            num_windows += 1
+        return num_windows
+
+    def _of_device(self, values: dict[str, int]) -> int:
+        return values["cuda" if self.backbone.device.type == "cuda" else "cpu"]
 
     def _take_less(self, batch: Sequence[tuple[int, Window]], error: torch.OutOfMemoryError) -> None:
         """From now on half as many windows at once as in the batch for which memory ran out."""
@@ -179,7 +197,7 @@ class FeatureExtractor:
         if (sinks := self._sinks(residual, batch)) is not None:
             num_sinks += np.bincount(rows[sinks], minlength=len(batch))
             residual, rows, positions = residual[torch.from_numpy(~sinks)], rows[~sinks], positions[~sinks]
-        num_tokens = max(1, STRETCH_NUMBERS["cuda" if self.backbone.device.type == "cuda" else "cpu"] // self.d_sae)
+        num_tokens = max(1, self._of_device(STRETCH_NUMBERS) // self.d_sae)
         found = []
         for first in range(0, len(rows), num_tokens):
             stretch = slice(first, first + num_tokens)
