@@ -111,9 +111,10 @@ def report(config: RunConfig) -> dict[str, Any]:
 
 def compare(config: RunConfig, corpora: Sequence[str], all_features: bool = False) -> dict[str, Any]:
     """Two or more corpora side by side, of this run or `RUN:corpus`; returns what `compare.json` holds."""
-    from fac_ray.comparison import compare_corpora
+    from fac_ray.comparison import compare_corpora, require_comparison
 
     with _opened(config):
+        require_comparison(config, corpora)
         for name in corpora:
             if name in config.corpora:
                 _coverage(config, name, config.corpora[name])

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = {"corpus", "activations", "reduction", "selection", "synthesis"}
 TORCH_MODULES = {"chat", "backbone", "sae", "extractor"}
-NUMBERS = {"coverage", "exemplars", "statistics", "relevance", "gaps", "prompts", "greedy", "pool", "markdown"}
+NUMBERS = {"coverage", "exemplars", "statistics", "relevance", "gaps", "prompts", "greedy", "pool", "markdown", "pages"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from measured_run import write_run
 
 from fac_ray import pipeline
-from fac_ray.check import check_page, check_seed, open_baseline, require_rules
+from fac_ray.check import check_seed, open_baseline, require_rules
 from fac_ray.cli import main
 from fac_ray.config import CheckConfig, ConfigError
+from fac_ray.pages import check_page
 
 TARGET = {0, 1, 2, 3}
 ANCHOR = [TARGET, {5}]

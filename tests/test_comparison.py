@@ -10,8 +10,9 @@ from measured_run import features_of, write_run
 from scipy.stats import fisher_exact
 
 from fac_ray.artifacts import MARKER
-from fac_ray.comparison import compare_corpora, comparison_folder, comparison_page, overlap
+from fac_ray.comparison import compare_corpora, comparison_folder, overlap, require_comparison
 from fac_ray.config import ConfigError
+from fac_ray.pages import comparison_page
 
 RELEVANT = {0, 1, 2, 3}
 CORPORA = {
@@ -19,6 +20,9 @@ CORPORA = {
     "seed": [{0, 4}, {0}],  # 0
     "extra": [{0, 3}, {3, 5}, {1}],  # 0, 1, 3; the anchor does not reach 3
 }
+
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture
@@ -111,7 +115,7 @@ def test_a_corpus_that_was_measured_in_another_way_is_refused(config, tmp_path, 
 
 
 def test_a_corpus_that_is_not_there_is_refused_with_those_that_are(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"sed: .*'anchor', 'extra', 'seed'"):
+    with pytest.raises(ConfigError, match=r"sed: .*anchor, extra, seed"):
         compare(config, "anchor", "sed")
     with pytest.raises(ConfigError, match="no run here"):
         compare(config, "anchor", f"{tmp_path / 'nowhere'}:seed")
@@ -119,7 +123,39 @@ def test_a_corpus_that_is_not_there_is_refused_with_those_that_are(config, tmp_p
         compare(config, "seed", "seed")
 
 
-def test_a_corpus_whose_measurement_was_interrupted_is_not_compared(config):
+def test_what_is_refused_is_refused_before_anything_is_measured(config, tmp_path):
+    unmeasured = write_run(tmp_path / "new", {}, RELEVANT, corpora={"seed": {"path": "a"}})
+    require_comparison(unmeasured, ("seed", f"{config.folder}:seed"))
+    with pytest.raises(ConfigError, match=r"sed: .*there are: seed"):
+        require_comparison(unmeasured, ("seed", "sed"))
+    with pytest.raises(ConfigError, match=r"there are: none"):
+        require_comparison(config, ("seed", f"{unmeasured.folder}:seed"))
+
+
+def test_a_corpus_whose_measurement_was_interrupted_is_not_compared(config, tmp_path):
     (config.folder / "coverage" / "extra" / MARKER).unlink()
-    with pytest.raises(ConfigError, match="extra: no corpus of that name is measured"):
-        compare(config, "anchor", "extra")
+    mine = write_run(tmp_path / "mine", CORPORA, RELEVANT)
+    with pytest.raises(ConfigError, match=r"no corpus of that name .*there are: anchor, seed"):
+        compare(mine, "anchor", f"{config.folder}:extra")
+
+
+def test_a_corpus_without_a_measured_sample_is_refused(tmp_path):
+    config = write_run(tmp_path / "run", {**CORPORA, "empty": []}, RELEVANT)
+    with pytest.raises(ValueError, match="empty: no sample of this corpus could be measured"):
+        compare(config, "anchor", "empty")
+
+
+def test_the_difference_of_each_pair_is_tested_on_the_features_that_either_has(config):
+    facts = compare(config, "anchor", "seed", "extra")
+    assert [(one["first"], one["second"]) for one in facts["differences"]] == [
+        ("anchor", "seed"),
+        ("anchor", "extra"),
+        ("seed", "extra"),
+    ]
+    # Seed and extra have 0, 1 and 3 of the counted: 1/3 less 3/3. Their samples {0} {0} and {0,3} {3} {1} can be dealt
+    # out as 2 and 3 in ten ways; a difference of -2/3 or less comes with {0} {0} alone, one of ten
+    test = facts["differences"][2]
+    assert (test["num_features"], test["num_permutations"]) == (3, 10)
+    assert test["difference"] == pytest.approx(-2 / 3)
+    assert test["p_value"] == pytest.approx(2 / 10)
+    assert "| seed - extra " in comparison_page(facts, 5)
