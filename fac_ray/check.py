@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from fac_ray.artifacts import current_marker, read_table, write_json, write_text
+from fac_ray.artifacts import read_table, write_json, write_text
 from fac_ray.comparison import strongest_spans
-from fac_ray.config import CheckConfig, ConfigError, RunConfig
+from fac_ray.config import CheckConfig, RunConfig
 from fac_ray.coverage import CorpusCoverage, coverage_fraction
 from fac_ray.gaps import target_features
-from fac_ray.instrument import read_instrument, require_same
 from fac_ray.pages import PAGE_ROWS, check_page
 from fac_ray.reduction import load_coverage
 from fac_ray.statistics import coverage_interval, matched_coverage
@@ -32,34 +31,11 @@ class CheckedSeed(NamedTuple):
     coverage: CorpusCoverage
 
 
-def require_rules(rules: CheckConfig) -> None:
-    """Refuse a check that could not fail.
-
-    Raises:
-        ConfigError: neither rule is given.
-    """
-    if rules.min_fac is None and rules.baseline is None:
-        raise ConfigError(
-            "check: no rule is given; use --min-fac X, --baseline RUN or both (check.min_fac, check.baseline)"
-        )
-
-
 def open_baseline(config: RunConfig) -> CheckedSeed | None:
-    """The seed of the baseline run, if the rules name one; it must measure as this run does.
-
-    Raises:
-        ConfigError: it is this run itself, has no finished seed, or measures with another model, SAE, switch or
-            threshold.
-    """
+    """The seed of the baseline run, if the rules name one; `require_check` has let it pass."""
     if config.check.baseline is None:
         return None
-    baseline = Path(config.check.baseline)
-    if baseline.resolve() == config.folder.resolve():
-        raise ConfigError(f"{baseline}: the baseline is this run itself; name the folder of another run")
-    require_same(read_instrument(config.folder)[1], read_instrument(baseline)[1], baseline)
-    folder = baseline / "coverage" / "seed"
-    if current_marker(folder) is None:
-        raise ConfigError(f"{baseline}: its seed is not measured; `fac-ray gaps` brings a run to that point")
+    folder = Path(config.check.baseline) / "coverage" / "seed"
     return CheckedSeed(folder, load_coverage(folder))
 
 

@@ -139,15 +139,14 @@ def compare(corpora: tuple[str, ...], all_features: bool, num_shown: int, **opti
     Example: fac-ray compare anchor seed --config my.yaml
     Example: fac-ray compare seed runs/last-month:seed --config my.yaml
     """
-    if len(set(corpora)) < max(2, len(corpora)):
-        raise click.UsageError(f"two or more different corpora are needed; given: {' '.join(corpora)}")
     with run_of(**options) as config:
         from fac_ray import pipeline
-        from fac_ray.comparison import comparison_folder
         from fac_ray.pages import comparison_page
+        from fac_ray.questions import comparison_folder, require_comparison
         from fac_ray.session import ray_session
         from fac_ray.terminal import terminal_page
 
+        require_comparison(config, corpora)
         with ray_session(options["verbose"]):
             facts = pipeline.compare(config, corpora, all_features)
         click.echo(terminal_page(comparison_page(facts, num_shown)))
@@ -194,9 +193,11 @@ def select(
         from fac_ray import pipeline
         from fac_ray.artifacts import read_table
         from fac_ray.pages import selection_page
+        from fac_ray.questions import require_selection
         from fac_ray.session import ray_session
         from fac_ray.terminal import terminal_page
 
+        require_selection(config, corpus)
         with ray_session(options["verbose"]):
             facts = pipeline.select(config, corpus)
         folder = config.folder / "selection" / corpus
@@ -231,9 +232,11 @@ def check(
     with run_of(**options, failure=UNUSABLE) as config:
         from fac_ray import pipeline
         from fac_ray.pages import check_page
+        from fac_ray.questions import require_check
         from fac_ray.session import ray_session
         from fac_ray.terminal import terminal_page
 
+        require_check(config)
         with ray_session(options["verbose"]):
             facts = pipeline.check(config)
         page = check_page(facts, num_shown)

@@ -9,7 +9,6 @@ way. Nothing is measured here; the tests of differences read the stored activati
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int
 
-from fac_ray.artifacts import current_marker, read_table, write_json, write_text
-from fac_ray.config import ConfigError, RunConfig
+from fac_ray.artifacts import read_table, write_json, write_text
+from fac_ray.config import RunConfig
 from fac_ray.coverage import CorpusCoverage, coverage_fraction, is_active
 from fac_ray.gaps import relevant_mask, target_features
-from fac_ray.instrument import read_instrument, require_same
 from fac_ray.pages import PAGE_ROWS, comparison_page
+from fac_ray.questions import comparison_folder, home_of
 from fac_ray.reduction import load_coverage
 from fac_ray.relevance import fisher_p_values
 from fac_ray.resampling_reduction import difference_test
@@ -40,32 +39,13 @@ class ComparedCorpus(NamedTuple):
     activations: Path
 
 
-def require_comparison(config: RunConfig, references: Sequence[str]) -> None:
-    """Refuse what cannot be compared, before anything is measured; the run folder holds its config already.
-
-    Raises:
-        ConfigError: fewer than two different corpora; one that is neither measured nor in the config; or another run
-            that measures with another model, SAE, switch or threshold.
-    """
-    if len(set(references)) < max(2, len(references)):
-        raise ConfigError(f"compare needs two or more different corpora; given: {', '.join(references)}")
-    for reference in references:
-        home, corpus = _home_of(config, reference)
-        if home != config.folder:
-            require_same(read_instrument(config.folder)[1], read_instrument(home)[1], home)
-        finished = {p.name for p in (home / "coverage").glob("*") if current_marker(p) is not None}
-        known = sorted(finished | (set(config.corpora) if home == config.folder else set()))
-        if corpus not in known:
-            raise ConfigError(f"{reference}: no corpus of that name in {home}; there are: {', '.join(known) or 'none'}")
-
-
 def open_corpus(config: RunConfig, reference: str) -> ComparedCorpus:
     """The finished coverage that a reference names: `corpus` of this run, or `RUN:corpus` of another run folder.
 
     Raises:
         ValueError: no sample of the corpus was measured.
     """
-    home, corpus = _home_of(config, reference)
+    home, corpus = home_of(config, reference)
     coverage = load_coverage(home / "coverage" / corpus)
     if coverage.num_samples == 0:
         raise ValueError(f"{reference}: no sample of this corpus could be measured, so there is nothing to compare")
@@ -75,14 +55,14 @@ def open_corpus(config: RunConfig, reference: str) -> ComparedCorpus:
 def compare_corpora(config: RunConfig, references: Sequence[str], features: pa.Table | None) -> dict[str, Any]:
     """Everything that is said about two or more measured corpora; written to `comparison/` and returned, JSON-ready.
 
+    The corpora are such as `require_comparison` lets pass.
+
     `features`: the run's FEATURES rows, whose relevant ones are counted; coverage is then FAC. None: every feature
     counts, and the coverage of a corpus is its share of the features that any of the corpora has.
 
     Raises:
-        ConfigError: these cannot be compared (`require_comparison`).
         ValueError: a corpus has no measured sample.
     """
-    require_comparison(config, references)
     threshold = config.measure.threshold
     corpora = [open_corpus(config, reference) for reference in references]
     active = np.stack([one.coverage.active(threshold) for one in corpora])
@@ -107,11 +87,6 @@ def compare_corpora(config: RunConfig, references: Sequence[str], features: pa.T
     write_text(folder / "compare.md", comparison_page(facts, PAGE_ROWS))
     write_json(folder / "compare.json", facts)
     return facts
-
-
-def comparison_folder(config: RunConfig, references: Sequence[str]) -> Path:
-    """Where the comparison of these corpora is written."""
-    return config.folder / "comparison" / "+".join(re.sub(r"[^\w.-]+", "_", one).strip("_") for one in references)
 
 
 def overlap(active: Bool[np.ndarray, "corpora d_sae"]) -> dict[str, list[list[Any]]]:
@@ -207,9 +182,3 @@ def _differences(
         for a, b in pairs
     ]
     return [names | test for names, test in found if test is not None]
-
-
-def _home_of(config: RunConfig, reference: str) -> tuple[Path, str]:
-    """Run folder and corpus that a reference names."""
-    run, _, corpus = reference.rpartition(":")
-    return Path(run) if run else config.folder, corpus

@@ -197,10 +197,11 @@ def _worth(facts: dict[str, Any]) -> str:
 
 def _guarantee(facts: dict[str, Any]) -> str:
     certified, known = facts["certified_fraction"], facts["guaranteed_fraction"]
-    reached = "the optimum" if certified >= 1 else f"at least {math.floor(certified * 1000) / 1000:.3f} of the optimum"
+    share = f"at least {math.floor(certified * 1000) / 1000:.3f} of what the best"
+    reached = "as much as any" if certified >= 1 else share
     before = f" (known beforehand: at least {known:.3f})" if known is not None else ""
     how = "" if facts["num_partitions"] == 1 else f", searched in {facts['num_partitions']} partitions"
-    return f"What is selected adds {reached}{before}{how}."
+    return f"What is selected adds {reached} choice within the limit would{before}{how}."
 
 
 def _end(facts: dict[str, Any], num_selected: int) -> str:

@@ -26,7 +26,7 @@ import ray
 from jaxtyping import Int
 
 from fac_ray.artifacts import parquet_files, write_json, write_table, write_text
-from fac_ray.config import ConfigError, RunConfig
+from fac_ray.config import RunConfig
 from fac_ray.greedy import (
     CANDIDATES,
     Limit,
@@ -60,19 +60,6 @@ SELECTED = pa.schema(
         ("num_tokens", pa.int32()),  # pooled tokens
     ]
 )
-
-
-def require_selection(config: RunConfig, name: str) -> None:
-    """Refuse what cannot be selected, before anything is measured.
-
-    Raises:
-        ConfigError: no limit is given, or a corpus is not in the config.
-    """
-    wanted = config.selection
-    if wanted.num_samples is None and wanted.budget_tokens is None:
-        raise ConfigError("selection: give num_samples (--k N), budget_tokens (--budget-tokens T) or both")
-    if unknown := {name, wanted.base or name} - set(config.corpora):
-        raise ConfigError(f"selection: no corpus named {sorted(unknown)}; given: {sorted(config.corpora)}")
 
 
 def select_samples(config: RunConfig, name: str, pool: Pool, output_folder: Path, progress: Progress) -> dict[str, int]:

@@ -26,7 +26,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["config", "schema", "artifacts", "cli"])
+@pytest.mark.parametrize("module", ["config", "schema", "artifacts", "questions", "pipeline", "cli"])
 def test_the_spine_and_the_command_line_load_neither_torch_nor_ray(module):
     code = f"import sys, fac_ray.{module}; print(sorted({{'torch', 'ray', 'vllm', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,10 +9,9 @@ import pytest
 from measured_run import features_of, write_run
 from scipy.stats import fisher_exact
 
-from fac_ray.artifacts import MARKER
-from fac_ray.comparison import compare_corpora, comparison_folder, overlap, require_comparison
-from fac_ray.config import ConfigError
+from fac_ray.comparison import compare_corpora, overlap
 from fac_ray.pages import comparison_page
+from fac_ray.questions import comparison_folder, require_comparison
 
 RELEVANT = {0, 1, 2, 3}
 CORPORA = {
@@ -31,6 +30,7 @@ def config(tmp_path):
 
 
 def compare(config, *names):
+    require_comparison(config, names)
     return compare_corpora(config, names, features_of(RELEVANT, 6))
 
 
@@ -98,45 +98,6 @@ def test_a_corpus_of_another_run_is_compared_if_it_was_measured_in_the_same_way(
     facts = compare(config, "seed", theirs)
     assert facts["corpora"][theirs]["coverage"] == pytest.approx(2 / 3)
     assert [row["feature_id"] for row in facts["only"][theirs]] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ({"measure": {"threshold": 0.7, "thresholds": [0.5]}}, r"measure\.threshold: 0\.5 here, 0\.7 there"),
-        ({"measure": {"threshold": 0.5, "preset": "paper"}}, r"measure\.max_tokens: null here, 512 there"),
-        ({"model": {"path": "m", "hook_layer": 2}}, r"model\.hook_layer: 1 here, 2 there"),
-    ],
-)
-def test_a_corpus_that_was_measured_in_another_way_is_refused(config, tmp_path, section, said):
-    write_run(tmp_path / "other", {"seed": [{1}]}, RELEVANT, **section)
-    with pytest.raises(ConfigError, match=said):
-        compare(config, "seed", f"{tmp_path / 'other'}:seed")
-
-
-def test_a_corpus_that_is_not_there_is_refused_with_those_that_are(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"sed: .*anchor, extra, seed"):
-        compare(config, "anchor", "sed")
-    with pytest.raises(ConfigError, match="no run here"):
-        compare(config, "anchor", f"{tmp_path / 'nowhere'}:seed")
-    with pytest.raises(ConfigError, match="two or more different"):
-        compare(config, "seed", "seed")
-
-
-def test_what_is_refused_is_refused_before_anything_is_measured(config, tmp_path):
-    unmeasured = write_run(tmp_path / "new", {}, RELEVANT, corpora={"seed": {"path": "a"}})
-    require_comparison(unmeasured, ("seed", f"{config.folder}:seed"))
-    with pytest.raises(ConfigError, match=r"sed: .*there are: seed"):
-        require_comparison(unmeasured, ("seed", "sed"))
-    with pytest.raises(ConfigError, match=r"there are: none"):
-        require_comparison(config, ("seed", f"{unmeasured.folder}:seed"))
-
-
-def test_a_corpus_whose_measurement_was_interrupted_is_not_compared(config, tmp_path):
-    (config.folder / "coverage" / "extra" / MARKER).unlink()
-    mine = write_run(tmp_path / "mine", CORPORA, RELEVANT)
-    with pytest.raises(ConfigError, match=r"no corpus of that name .*there are: anchor, seed"):
-        compare(mine, "anchor", f"{config.folder}:extra")
 
 
 def test_a_corpus_without_a_measured_sample_is_refused(tmp_path):
