@@ -22,8 +22,8 @@ def comparison_page(facts: dict[str, Any], num_shown: int) -> str:
     corpora, matched, is_fac = facts["corpora"], facts["matched"], facts["coverage_is"] == "fac"
     name = "FAC" if is_fac else "share"
     at = (f"{name} at {count(matched['num_samples'])} samples", f"at {count(matched['num_tokens'])} tokens")
-    titles = ("corpus", "samples", "tokens", "active", "counted", "only here", name, "", *at)
-    keys = ("num_samples", "num_tokens", "num_active_features", "num_counted_features", "num_only")
+    titles = ("corpus", "samples", "tokens", "counted", "only here", name, "", *at)
+    keys = ("num_samples", "num_tokens", "num_counted_features", "num_only")
     rows = [
         (
             label,

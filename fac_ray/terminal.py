@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import textwrap
 
 import click
@@ -20,16 +21,17 @@ COLORS = {"PASS": "green", "FAIL": "red"}
 def terminal_page(page: str, num_columns: int | None = None) -> str:
     """The page for a screen of so many columns; None: those of this terminal."""
     width = num_columns or shutil.get_terminal_size((MAX_COLUMNS, 24)).columns
-    lines, found = page.split("\n"), []
+    lines, found, room = page.split("\n"), [], width
     for number, line in enumerate(lines):
         if line.startswith("#"):
             found.append(_colored(click.style(line.lstrip("# "), bold=True)))
         elif not line.startswith("| "):
             found += textwrap.wrap(_plain(line), min(width, MAX_COLUMNS), break_on_hyphens=False) or [""]
         elif number + 1 < len(lines) and _is_rule(lines[number + 1]):
-            found.append(click.style(_row(line, width), dim=True))
+            room = sys.maxsize if lines[number + 1].endswith(": |") else width  # a number that is cut is a wrong one
+            found.append(click.style(_row(line, room), dim=True))
         elif not _is_rule(line):
-            found.append(_colored(_row(line, width)))
+            found.append(_colored(_row(line, room)))
     return "\n".join(found)
 
 

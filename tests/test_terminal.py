@@ -29,6 +29,11 @@ def test_a_quote_is_shown_as_it_was_and_ends_with_the_screen():
     ]
 
 
+def test_numbers_are_never_cut():
+    shown = terminal_page("\n".join(table(("corpus", "samples"), [("a-long-name", "1,000,000")])), 12)
+    assert click.unstyle(shown).split("\n")[1] == "a-long-name  1,000,000"
+
+
 def test_running_text_is_wrapped():
     assert terminal_page("one two three", 8) == "one two\nthree"
 
