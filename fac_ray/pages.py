@@ -155,13 +155,14 @@ def _difference_lines(tests: Sequence[dict[str, Any]]) -> list[str]:
     """Of each pair, the difference in coverage beside that of random divisions of the same samples."""
     if not tests:
         return []
-    titles = ("pair", "features", "difference", "by chance", "p")
+    titles = ("pair", "features", "difference", "by chance", "permutations", "p")
     rows = [
         (
             f"{one['first']} - {one['second']}",
             count(one["num_features"]),
             f"{one['difference']:+.3f}",
             f"{one['null_mean']:+.3f}",
+            count(one["num_permutations"]),
             f"{one['p_value']:.2g}",
         )
         for one in tests
@@ -171,7 +172,7 @@ def _difference_lines(tests: Sequence[dict[str, Any]]) -> list[str]:
         "## Could two of them be one?",
         "",
         "Difference in coverage of the counted features that either has, and what dealing the same samples out at "
-        f"random into the same two sizes gives ({count(tests[0]['num_permutations'])} permutations):",
+        "random into the same two sizes gives:",
         "",
         *table(titles, rows),
     ]

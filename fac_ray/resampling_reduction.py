@@ -20,10 +20,14 @@ from jaxtyping import Bool
 from scipy.sparse import csr_array, vstack
 
 from fac_ray.artifacts import parquet_files
-from fac_ray.resampling import bootstrap_coverage, incidence, permutation_test
+from fac_ray.resampling import NUM_REPLICATES, bootstrap_coverage, incidence, permutation_test
 from fac_ray.schema import ACTIVATIONS, require_columns
 
 MAX_TASKS = 64
+MIN_PERMUTATIONS = 199
+MAX_DRAWN_PAIRS = 20_000_000_000
+"""(sample, feature) pairs that the permutations of one test read together, about a minute. Corpora that would need more
+are divided fewer times, `MIN_PERMUTATIONS` at least."""
 POOLS = {"seed": ("seed",), "seed+untargeted": ("seed", "untargeted"), "seed+targeted": ("seed", "targeted")}
 
 
@@ -75,7 +79,9 @@ def difference_test(
     reached = np.flatnonzero(np.asarray(mine.sum(axis=0)) + np.asarray(others.sum(axis=0)))
     if not len(reached):
         return None
-    found = permutation_test(mine[:, reached], others[:, reached], seed)
+    drawable = MAX_DRAWN_PAIRS // (mine.nnz + others.nnz)
+    num_permutations = max(MIN_PERMUTATIONS, min(NUM_REPLICATES, drawable))
+    found = permutation_test(mine[:, reached], others[:, reached], seed, num_permutations)
     return {"num_features": len(reached), **found._asdict()}
 
 
