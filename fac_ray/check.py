@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from fac_ray.artifacts import current_marker, read_table, write_json, write_text
-from fac_ray.comparison import PAGE_FEATURES, feature_lines, strongest_spans
-from fac_ray.config import CheckConfig, ConfigError, RunConfig
+from fac_ray.artifacts import read_table, write_json, write_text
+from fac_ray.comparison import strongest_spans
+from fac_ray.config import CheckConfig, RunConfig
 from fac_ray.coverage import CorpusCoverage, coverage_fraction
 from fac_ray.gaps import target_features
-from fac_ray.instrument import read_instrument, require_same
-from fac_ray.markdown import count, fraction, table
+from fac_ray.pages import PAGE_ROWS, check_page
 from fac_ray.reduction import load_coverage
 from fac_ray.statistics import coverage_interval, matched_coverage
 
@@ -32,34 +31,11 @@ class CheckedSeed(NamedTuple):
     coverage: CorpusCoverage
 
 
-def require_rules(rules: CheckConfig) -> None:
-    """Refuse a check that could not fail.
-
-    Raises:
-        ConfigError: neither rule is given.
-    """
-    if rules.min_fac is None and rules.baseline is None:
-        raise ConfigError(
-            "check: no rule is given; use --min-fac X, --baseline RUN or both (check.min_fac, check.baseline)"
-        )
-
-
 def open_baseline(config: RunConfig) -> CheckedSeed | None:
-    """The seed of the baseline run, if the rules name one; it must measure as this run does.
-
-    Raises:
-        ConfigError: it is this run itself, has no finished seed, or measures with another model, SAE, switch or
-            threshold.
-    """
+    """The seed of the baseline run, if the rules name one; `require_check` has let it pass."""
     if config.check.baseline is None:
         return None
-    baseline = Path(config.check.baseline)
-    if baseline.resolve() == config.folder.resolve():
-        raise ConfigError(f"{baseline}: the baseline is this run itself; name the folder of another run")
-    require_same(read_instrument(config.folder)[1], read_instrument(baseline)[1], baseline)
-    folder = baseline / "coverage" / "seed"
-    if current_marker(folder) is None:
-        raise ConfigError(f"{baseline}: its seed is not measured; `fac-ray gaps` brings a run to that point")
+    folder = Path(config.check.baseline) / "coverage" / "seed"
     return CheckedSeed(folder, load_coverage(folder))
 
 
@@ -90,32 +66,9 @@ def check_seed(config: RunConfig, baseline: CheckedSeed | None) -> dict[str, Any
         **sizes,
         **({} if baseline is None else _changes(seed, baseline, target, threshold)),
     }
-    write_text(folder / "check" / "check.md", check_page(facts, PAGE_FEATURES))
+    write_text(folder / "check" / "check.md", check_page(facts, PAGE_ROWS))
     write_json(folder / "check" / "check.json", facts)
     return facts
-
-
-def check_page(facts: dict[str, Any], num_shown: int) -> str:
-    """The verdict in Markdown."""
-    rows = [
-        (_rule_text(rule, facts), fraction(rule["value"]), _limit_text(rule), _verdict(rule["passed"]))
-        for rule in facts["rules"]
-    ]
-    return "\n".join(
-        [
-            f"## Coverage check: {_verdict(facts['passed'])}",
-            "",
-            *table(("rule", "measured", "limit", "verdict"), rows, texts=(0, 2, 3)),
-            "",
-            f"Run {facts['run']}, threshold {facts['threshold']:g}, preset {facts['preset']}; FAC is out of the "
-            f"{count(facts['num_target'])} relevant features that the anchor reaches.",
-            "",
-            *_size_lines(facts),
-            *_change_lines("lost", "in the baseline's seed, not in this one", facts, num_shown),
-            *_change_lines("gained", "in this seed, not in the baseline's", facts, num_shown),
-            "",
-        ]
-    )
 
 
 def _sizes(seeds: dict[str, CheckedSeed], target: Bool[np.ndarray, " d_sae"], threshold: float) -> dict[str, Any]:
@@ -165,49 +118,3 @@ def _features(seed: CheckedSeed, mask: Bool[np.ndarray, " d_sae"], threshold: fl
         {"feature_id": int(ids[i]), "num_samples": int(counts[i]), "exemplars": spans.get(int(ids[i]), [])}
         for i in np.lexsort((ids, -counts))
     ]
-
-
-def _rule_text(rule: dict[str, Any], facts: dict[str, Any]) -> str:
-    if rule["rule"] == "min_fac":
-        return "FAC of the seed"
-    return f"FAC lost against the baseline, both at {count(facts['matched_samples'])} samples"
-
-
-def _limit_text(rule: dict[str, Any]) -> str:
-    return f"at {'least' if rule['rule'] == 'min_fac' else 'most'} {rule['limit']:g}"
-
-
-def _verdict(passed: bool) -> str:
-    return "PASS" if passed else "FAIL"
-
-
-def _size_lines(facts: dict[str, Any]) -> list[str]:
-    titles = (
-        "",
-        "samples",
-        "tokens",
-        "covered",
-        "FAC",
-        "95 % interval",
-        f"at {count(facts['matched_samples'])} samples",
-    )
-    labels = {"seed": "this seed", "baseline": f"baseline {facts['baseline_run']}"}
-    rows = [
-        (
-            label,
-            *(count(facts[name][key]) for key in ("num_samples", "num_tokens", "num_covered")),
-            fraction(facts[name]["fac"]),
-            " to ".join(map(fraction, facts[name]["fac_interval"])),
-            fraction(facts[name]["fac_at_matched_samples"]),
-        )
-        for name, label in labels.items()
-        if name in facts
-    ]
-    return table(titles, rows)
-
-
-def _change_lines(key: str, meaning: str, facts: dict[str, Any], num_shown: int) -> list[str]:
-    if key not in facts:
-        return []
-    rows = facts[key]
-    return ["", f"{count(len(rows))} features {key} ({meaning})", *feature_lines(rows, num_shown)]

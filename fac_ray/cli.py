@@ -139,17 +139,19 @@ def compare(corpora: tuple[str, ...], all_features: bool, num_shown: int, **opti
     Example: fac-ray compare anchor seed --config my.yaml
     Example: fac-ray compare seed runs/last-month:seed --config my.yaml
     """
-    if len(set(corpora)) < max(2, len(corpora)):
-        raise click.UsageError(f"two or more different corpora are needed; given: {' '.join(corpora)}")
     with run_of(**options) as config:
         from fac_ray import pipeline
-        from fac_ray.comparison import comparison_folder, comparison_page
+        from fac_ray.pages import comparison_page
+        from fac_ray.questions import comparison_folder, require_comparison
         from fac_ray.session import ray_session
+        from fac_ray.terminal import terminal_page
 
+        require_comparison(config, corpora)
         with ray_session(options["verbose"]):
             facts = pipeline.compare(config, corpora, all_features)
-        click.echo(comparison_page(facts, num_shown))
-        click.echo(f"All of it: {comparison_folder(config, corpora) / 'compare.json'}")
+        click.echo(terminal_page(comparison_page(facts, num_shown)))
+        folder = comparison_folder(config, corpora)
+        click.echo(f"All of it: {folder / 'compare.json'}, {folder / 'compare.md'}")
 
 
 @main.command()
@@ -190,13 +192,16 @@ def select(
     with run_of(**options) as config:
         from fac_ray import pipeline
         from fac_ray.artifacts import read_table
-        from fac_ray.selection import selection_page
+        from fac_ray.pages import selection_page
+        from fac_ray.questions import require_selection
         from fac_ray.session import ray_session
+        from fac_ray.terminal import terminal_page
 
+        require_selection(config, corpus)
         with ray_session(options["verbose"]):
             facts = pipeline.select(config, corpus)
         folder = config.folder / "selection" / corpus
-        click.echo(selection_page(facts, read_table(folder / "selected.parquet"), num_shown))
+        click.echo(terminal_page(selection_page(facts, read_table(folder / "selected.parquet"), num_shown)))
         click.echo(f"The samples: {folder / 'selected.jsonl'}, {folder / 'selected.parquet'}")
 
 
@@ -226,13 +231,16 @@ def check(
     options["overrides"] += tuple(o for key, value in given.items() for o in override(f"check.{key}", value))
     with run_of(**options, failure=UNUSABLE) as config:
         from fac_ray import pipeline
-        from fac_ray.check import check_page
+        from fac_ray.pages import check_page
+        from fac_ray.questions import require_check
         from fac_ray.session import ray_session
+        from fac_ray.terminal import terminal_page
 
+        require_check(config)
         with ray_session(options["verbose"]):
             facts = pipeline.check(config)
         page = check_page(facts, num_shown)
-        click.echo(page)
+        click.echo(terminal_page(page))
         if summary is not None:
             with Path(summary).open("a", encoding="utf-8") as file:
                 file.write(page + "\n")

@@ -46,8 +46,14 @@ def instrument_of(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def read_instrument(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Config and instrument of a run folder.
+def own_instrument(config: RunConfig) -> dict[str, Any]:
+    """`instrument_of` a run with the model and the SAE as they lie here now."""
+    files = {"model": config.model.path, "sae": config.sae.path}
+    return instrument_of(config, {name: {"digest": digest_of(path)} for name, path in files.items()})
+
+
+def read_instrument(folder: Path) -> dict[str, Any]:
+    """`instrument_of` a run folder, as it was recorded there.
 
     Raises:
         ConfigError: there is no run in the folder.
@@ -57,7 +63,7 @@ def read_instrument(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         raise ConfigError(f"{folder}: no run here (config.json is missing); name the folder of a run")
     config = config_from_tree(json.loads(path.read_text()), source=str(path))
     manifest = folder / "manifest.json"
-    return config, instrument_of(config, json.loads(manifest.read_text()) if manifest.is_file() else {})
+    return instrument_of(config, json.loads(manifest.read_text()) if manifest.is_file() else {})
 
 
 def require_same(mine: dict[str, Any], theirs: dict[str, Any], folder: Path) -> None:

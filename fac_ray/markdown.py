@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 MAX_QUOTE = 72
 """Characters of a quoted text."""
+BAR_CELLS = 10
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> list[str]:
@@ -40,6 +41,15 @@ def count(number: int | float | None) -> str:
 def fraction(number: float | None) -> str:
     """A share with three decimal places."""
     return "-" if number is None else f"{number:.3f}"
+
+
+def bar(share: float | None) -> str:
+    """A share in [0, 1] as a bar of `BAR_CELLS` cells; full only at 1, and empty only at 0."""
+    if share is None:
+        return ""
+    filled = round(share * BAR_CELLS)
+    filled = min(max(filled, int(share > 0)), BAR_CELLS - int(share < 1))
+    return "\u2588" * filled + "\u2591" * (BAR_CELLS - filled)
 
 
 def _pad(row: Sequence[str], widths: Sequence[int], texts: Sequence[int]) -> list[str]:

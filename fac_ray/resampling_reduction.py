@@ -20,10 +20,14 @@ from jaxtyping import Bool
 from scipy.sparse import csr_array, vstack
 
 from fac_ray.artifacts import parquet_files
-from fac_ray.resampling import bootstrap_coverage, incidence, permutation_test
+from fac_ray.resampling import NUM_REPLICATES, bootstrap_coverage, incidence, permutation_test
 from fac_ray.schema import ACTIVATIONS, require_columns
 
 MAX_TASKS = 64
+MIN_PERMUTATIONS = 199
+MAX_DRAWN_PAIRS = 20_000_000_000
+"""(sample, feature) pairs that the permutations of one test read together, about a minute. Corpora that would need more
+are divided fewer times, `MIN_PERMUTATIONS` at least."""
 POOLS = {"seed": ("seed",), "seed+untargeted": ("seed", "untargeted"), "seed+targeted": ("seed", "targeted")}
 
 
@@ -55,13 +59,30 @@ def resample_coverage(
     permutation = []
     for first, second, kind, features in pairs:
         if {first, second} <= set(folders):
-            mine, others = (read_incidence([folders[name]], features, threshold) for name in (first, second))
-            reached = np.flatnonzero(np.asarray(mine.sum(axis=0)) + np.asarray(others.sum(axis=0)))
-            if len(reached):
-                found = permutation_test(mine[:, reached], others[:, reached], seed)._asdict()
-                names = {"first": first, "second": second, "features": kind, "num_features": len(reached)}
-                permutation.append(names | found)
+            found = difference_test(folders[first], folders[second], features, threshold, seed)
+            if found is not None:
+                permutation.append({"first": first, "second": second, "features": kind, **found})
     return {"bootstrap": bootstrap, "permutation": permutation}
+
+
+def difference_test(
+    first: Path, second: Path, features: Bool[np.ndarray, " d_sae"], threshold: float, seed: int
+) -> dict[str, Any] | None:
+    """`permutation_test` of two corpora's activations over those of the features that either has, and their number.
+
+    None where neither has one: features that no corpus has say nothing.
+
+    Raises:
+        FileNotFoundError: a folder holds no Parquet file.
+    """
+    mine, others = (read_incidence([folder], features, threshold) for folder in (first, second))
+    reached = np.flatnonzero(np.asarray(mine.sum(axis=0)) + np.asarray(others.sum(axis=0)))
+    if not len(reached):
+        return None
+    drawable = MAX_DRAWN_PAIRS // (mine.nnz + others.nnz)
+    num_permutations = max(MIN_PERMUTATIONS, min(NUM_REPLICATES, drawable))
+    found = permutation_test(mine[:, reached], others[:, reached], seed, num_permutations)
+    return {"num_features": len(reached), **found._asdict()}
 
 
 def read_incidence(

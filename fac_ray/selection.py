@@ -11,7 +11,6 @@ lie above the result, and what the longest samples would have given. No model ru
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ import ray
 from jaxtyping import Int
 
 from fac_ray.artifacts import parquet_files, write_json, write_table, write_text
-from fac_ray.config import ConfigError, RunConfig
+from fac_ray.config import RunConfig
 from fac_ray.greedy import (
     CANDIDATES,
     Limit,
@@ -41,7 +40,7 @@ from fac_ray.greedy import (
     optimum_bound,
     value_of,
 )
-from fac_ray.markdown import count, fraction, quote, table
+from fac_ray.pages import PAGE_ROWS, selection_page
 from fac_ray.pool import WEIGHT_UNIT, Pool
 from fac_ray.schema import ACTIVATIONS, SAMPLES, require_columns
 
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
 MAX_PAIRS = 200_000_000
 """(sample, feature) pairs that one search holds in memory: 12 bytes each."""
 MAX_TASKS = 256
-PAGE_SAMPLES = 20
-"""Samples that selection.md shows."""
 
 SELECTED = pa.schema(
     [
@@ -63,19 +60,6 @@ SELECTED = pa.schema(
         ("num_tokens", pa.int32()),  # pooled tokens
     ]
 )
-
-
-def require_selection(config: RunConfig, name: str) -> None:
-    """Refuse what cannot be selected, before anything is measured.
-
-    Raises:
-        ConfigError: no limit is given, or a corpus is not in the config.
-    """
-    wanted = config.selection
-    if wanted.num_samples is None and wanted.budget_tokens is None:
-        raise ConfigError("selection: give num_samples (--k N), budget_tokens (--budget-tokens T) or both")
-    if unknown := {name, wanted.base or name} - set(config.corpora):
-        raise ConfigError(f"selection: no corpus named {sorted(unknown)}; given: {sorted(config.corpora)}")
 
 
 def select_samples(config: RunConfig, name: str, pool: Pool, output_folder: Path, progress: Progress) -> dict[str, int]:
@@ -111,66 +95,9 @@ def select_samples(config: RunConfig, name: str, pool: Pool, output_folder: Path
     write_table(output_folder / "selected.parquet", selected)
     lines = (json.dumps(row, ensure_ascii=False) for row in selected.to_pylist())
     write_text(output_folder / "selected.jsonl", "".join(f"{line}\n" for line in lines))
-    write_text(output_folder / "selection.md", selection_page(facts, selected, PAGE_SAMPLES))
+    write_text(output_folder / "selection.md", selection_page(facts, selected, PAGE_ROWS))
     write_json(output_folder / "selection.json", facts)
     return {"num_selected": len(selected), "num_selected_tokens": facts["methods"][0]["num_tokens"]}
-
-
-def selection_page(facts: dict[str, Any], selected: pa.Table, num_shown: int) -> str:
-    """The selection in Markdown, with the `num_shown` samples that were taken first."""
-    is_fac = facts["weights"] == "relevant"
-    titles = ("", "samples", "tokens", "adds", "FAC" if is_fac else "coverage")
-    rows = [
-        (
-            one["method"] + (f", equal {one['equal']}" if one["equal"] else ""),
-            *(count(one[key]) for key in ("num_samples", "num_tokens", "gain")),
-            fraction(one["coverage"]),
-        )
-        for one in facts["methods"]
-    ]
-    shown = [
-        (str(row["rank"] + 1), count(row["gain"]), count(row["num_tokens"]), quote(row["text"]))
-        for row in selected.slice(0, num_shown).to_pylist()
-    ]
-    return "\n".join(
-        [
-            f"# {count(len(selected))} samples of {facts['corpus']}",
-            "",
-            f"Run {facts['run']}, threshold {facts['threshold']:g}, preset {facts['preset']}. {_worth(facts)}",
-            "",
-            *table(titles, rows),
-            "",
-            f"{_guarantee(facts)} {_end(facts, len(selected))}".strip(),
-            "",
-            *table(("rank", "adds", "tokens", "sample"), shown, texts=(3,)),
-            "",
-        ]
-    )
-
-
-def _worth(facts: dict[str, Any]) -> str:
-    total, base = count(facts["weight_total"]), count(facts["weight_base"])
-    worth = {
-        "relevant": f"Each of the {total} relevant features counts 1",
-        "effect": f"Each relevant feature counts its log2 odds ratio, {total} in all",
-        "all": f"Each of the {total} features counts 1",
-    }[facts["weights"]]
-    return worth + (f"; {facts['base']} covers {base} already." if facts["base"] else ".")
-
-
-def _guarantee(facts: dict[str, Any]) -> str:
-    certified, known = facts["certified_fraction"], facts["guaranteed_fraction"]
-    reached = "the optimum" if certified >= 1 else f"at least {math.floor(certified * 1000) / 1000:.3f} of the optimum"
-    before = f" (known beforehand: at least {known:.3f})" if known is not None else ""
-    how = "" if facts["num_partitions"] == 1 else f", searched in {facts['num_partitions']} partitions"
-    return f"What is selected adds {reached}{before}{how}."
-
-
-def _end(facts: dict[str, Any], num_selected: int) -> str:
-    asked = facts["limit"]["num_samples"]
-    if asked is None or num_selected == asked or facts["methods"][0]["gain"] < facts["methods"][-1]["gain"]:
-        return ""
-    return f"{count(asked)} samples were asked for; after {count(num_selected)}, no other adds a feature that counts."
 
 
 def _read_pool(pool: Pool, limit: Limit, num_partitions: int, progress: Progress) -> list[pa.Table]:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = {"corpus", "activations", "reduction", "selection", "synthesis"}
 TORCH_MODULES = {"chat", "backbone", "sae", "extractor"}
-NUMBERS = {"coverage", "exemplars", "statistics", "relevance", "gaps", "prompts", "greedy", "pool", "markdown"}
+NUMBERS = {"coverage", "exemplars", "statistics", "relevance", "gaps", "prompts", "greedy", "pool", "markdown", "pages"}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -26,7 +26,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["config", "schema", "artifacts", "cli"])
+@pytest.mark.parametrize("module", ["config", "schema", "artifacts", "questions", "pipeline", "cli"])
 def test_the_spine_and_the_command_line_load_neither_torch_nor_ray(module):
     code = f"import sys, fac_ray.{module}; print(sorted({{'torch', 'ray', 'vllm', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
