@@ -31,7 +31,7 @@ from ray.data.checkpoint import CheckpointConfig
 from fac_ray.artifacts import parquet_files
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, RunConfig, SaeConfig
 from fac_ray.parts import CHECKPOINT_FOLDER, Totals, committed_errors, committed_ids, committed_totals, unmeasured_parts
-from fac_ray.quarantine import measure_guarded
+from fac_ray.quarantine import forget_ends, measure_guarded
 
 if TYPE_CHECKING:
     from fac_ray.progress import Progress
@@ -130,6 +130,7 @@ def extract_activations(
     unmeasured = unmeasured_parts(output_folder, sources)
     before, started_s = committed_totals(output_folder), time.monotonic()
     if unmeasured:
+        forget_ends(output_folder / TRIES_FOLDER)
         with _following(output_folder, progress):
             _run(unmeasured, output_folder, config)
     totals, seconds = committed_totals(output_folder), time.monotonic() - started_s

@@ -33,8 +33,13 @@ import pyarrow.parquet
 from fac_ray.schema import hash_of
 
 MARKER = "_SUCCESS.json"
-STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
-"""No room, no permission, a limit, a broken disk."""
+STORAGE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST),
+    errno.EIO,
+}
+"""No room or a limit; no permission; a file where a folder should be; a broken disk."""
 
 
 def fingerprint(**parts: Any) -> str:

@@ -228,8 +228,11 @@ def _num_contents(samples_folder: Path) -> int:
 
 def _map_items(items: list[dict[str, Any]], function: Any) -> ray.data.Dataset:
     """`function` over tables of one item each, one task each."""
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    return dataset.map_batches(function, batch_size=1, batch_format="pyarrow")
+    context = ray.data.DataContext.get_current().copy()
+    context.raise_original_map_exception = True  # with its errno, by which a full disk is known
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        return dataset.map_batches(function, batch_size=1, batch_format="pyarrow")
 
 
 def _piece(fields: list[Any]) -> Piece:

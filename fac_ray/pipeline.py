@@ -198,7 +198,7 @@ def _activations(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequ
         with (
             Progress(f"activations/{name}", total=total, unit="samples") as progress,
             storing(stage.folder),
-            reading(stage.folder),
+            reading(stage.folder, samples.folder),
         ):
             folder = stage.begin(keep_partial=True)
             stage.finish(**extract_activations(samples.folder, folder, config, progress))
@@ -211,21 +211,22 @@ def _coverage(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequenc
 
     activations = _activations(config, name, corpus, needs)
     samples = _samples(config, name, corpus, needs)
+    rows = fingerprint(  # of the corpus only which parts are counted already, and a tally knows those
+        stage="coverage",
+        activations=activations.rows,
+        measure=config.measure.model_dump(include={"threshold", "thresholds", "num_exemplars", "span_words"}),
+        positive=config.relevance.positive,
+    )
     stage = Stage(
         config.folder / "coverage" / name,
-        fingerprint(
-            stage="coverage",
-            samples=samples.identity,
-            activations=activations.identity,
-            measure=config.measure.model_dump(include={"threshold", "thresholds", "num_exemplars", "span_words"}),
-            positive=config.relevance.positive,
-        ),
+        fingerprint(rows=rows, samples=samples.identity, activations=activations.identity),
         needs=(samples, activations),
+        rows=rows,
     )
     if not stage.finished:
         total, sources = samples.facts["num_samples"], (activations.folder, samples.folder)
         with Progress(f"coverage/{name}", total=total, unit="samples") as progress, reading(*sources):
-            folder = stage.begin()
+            folder = stage.begin(keep_partial=True)
             facts = reduce_coverage(
                 activations.folder,
                 samples.folder,
@@ -477,11 +478,11 @@ def _diversity(config: RunConfig, diversity: DiversityConfig, activations: Stage
         needs=(activations,) if anchor is None else (activations, anchor),
     )
     if not stage.finished:
-        with Progress(f"diversity/{name}", unit="samples") as progress:
+        sources = (config.folder / "samples" / name, activations.folder)
+        with Progress(f"diversity/{name}", unit="samples") as progress, reading(*sources):
             folder = stage.begin()
             facts = reduce_diversity(
-                config.folder / "samples" / name,
-                activations.folder,
+                *sources,
                 folder,
                 diversity,
                 sae_width(config.sae),
@@ -517,10 +518,9 @@ def _resampling(config: RunConfig, gaps: Stage, measured: dict[str, Stage]) -> S
         folders: dict[str, Path] = {name: measured[name].folder for name in names}
         threshold = config.measure.threshold
         active = anchor.active(threshold), seed.active(threshold)
-        write_json(
-            folder / "resampling.json",
-            resample_coverage(folders, relevant, *active, threshold, config.run.seed),
-        )
+        with reading(*folders.values()):
+            found = resample_coverage(folders, relevant, *active, threshold, config.run.seed)
+        write_json(folder / "resampling.json", found)
         stage.finish()
     return stage
 

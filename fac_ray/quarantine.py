@@ -1,22 +1,24 @@
 """A sample that kills the process that measures it is found, set aside with its reason, and stops nothing.
 
-Ray starts a dead actor again and gives it the same batch, without end. So an actor notes in the run folder what it is
-about to measure, and takes the note away when it is done: a note that is there already when it comes says that the
-process before it died.
+Ray starts a dead actor again and gives it the same batch, without end. So an actor notes in the run folder that it
+begins with a batch, and when it is done with it: a begin without an end says that a process died.
 
-    a batch that was noted NUM_TRIES times     is measured one sample at a time, each with a note of its own
-    a sample that was noted NUM_TRIES times    is not measured again: its row says so in `error`
+    a batch that ended NUM_TRIES processes     is measured one sample at a time, each with a note of its own
+    a sample that ended NUM_TRIES processes    is not measured again: its row says so in `error`
+    a batch that is measured, but not stored,  ends the run after MAX_REPEATS times: its process dies of something else
+        or ends processes beyond all that
 
 Notes outlive the process, the node and the driver. An innocent sample is set aside only if its process was ended from
 outside NUM_TRIES times while it was measured alone.
 
-    activations/<corpus>/_tries/  batch-<hash>  sample-<sample_id>      one byte for each try
+    activations/<corpus>/_tries/  batch-<hash>  sample-<sample_id>
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,6 +29,10 @@ from fac_ray.schema import ACTIVATIONS, hash_of
 NUM_TRIES = 2
 MAX_KILLERS = 100
 """Samples of a corpus that may kill their process; if there are more, then the cause is not the text."""
+MAX_REPEATS = 10
+"""Times that one attempt may measure a batch whose rows do not come to be stored, as when nodes leave."""
+BEGIN, END = b"(", b")"
+CAUSES = "memory (measure.batch_tokens, measure.num_actors) or a broken installation"
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +45,34 @@ def measure_guarded(samples: pa.Table, measure: Measure, notes: Path) -> pa.Tabl
 
     Raises:
         ConfigError: from `measure`.
-        RuntimeError: more than MAX_KILLERS samples killed their process.
+        RuntimeError: more than MAX_KILLERS samples killed their process, or it dies of something else.
         Exception: `measure` raised it for every sample of the batch, so the samples are not the cause.
     """
-    batch = notes / f"batch-{hash_of(*samples['sample_id'].to_pylist())}"
-    if _num_tries(batch) < NUM_TRIES:
-        rows = _try(samples, measure, batch)
-        if isinstance(rows, pa.Table):
-            return rows
-        logger.warning("a batch of %d samples failed, and each is tried alone: %r", len(samples), rows)
-    return _measure_each(samples, measure, notes)
+    note = notes / f"batch-{hash_of(*samples['sample_id'].to_pylist())}"
+    num_deaths, num_ends = _read(note)
+    if num_ends >= MAX_REPEATS or num_deaths > NUM_TRIES * (len(samples) + 2):
+        raise RuntimeError(
+            f"{notes.parent}: the same {len(samples)} samples ended their process {num_deaths} times, and were "
+            f"measured {num_ends} times without being stored, so the texts are not the cause; look for {CAUSES}, then "
+            f"remove {notes} and run again"
+        )
+    with _noted(note):
+        if num_deaths < NUM_TRIES:
+            rows = _try(samples, measure)
+            if isinstance(rows, pa.Table):
+                return rows
+            logger.warning("a batch of %d samples failed, and each is tried alone: %r", len(samples), rows)
+        return _measure_each(samples, measure, notes)
+
+
+def forget_ends(notes: Path) -> None:
+    """Begin to count repeats anew, as a new attempt does; deaths stay."""
+    for note in notes.glob("batch-*"):
+        num_deaths, _ = _read(note)
+        if num_deaths:
+            note.write_bytes(BEGIN * num_deaths)
+        else:
+            note.unlink()
 
 
 def _measure_each(samples: pa.Table, measure: Measure, notes: Path) -> pa.Table:
@@ -56,11 +80,13 @@ def _measure_each(samples: pa.Table, measure: Measure, notes: Path) -> pa.Table:
     for number in range(len(samples)):
         sample = samples.slice(number, 1)
         note = notes / f"sample-{sample['sample_id'][0].as_py()}"
-        if _num_tries(note) >= NUM_TRIES:
+        if _read(note)[0] >= NUM_TRIES:
             _require_few_killers(notes)
             tables.append(_set_aside(sample, f"the process that measured it died, {NUM_TRIES} times of {NUM_TRIES}"))
             continue
-        rows = _try(sample, measure, note)
+        with _noted(note):
+            rows = _try(sample, measure)
+        note.unlink()
         if isinstance(rows, Exception):
             failures.append(rows)
             rows = _set_aside(sample, f"{type(rows).__name__}: {rows}")
@@ -70,19 +96,30 @@ def _measure_each(samples: pa.Table, measure: Measure, notes: Path) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _try(samples: pa.Table, measure: Measure, note: Path) -> pa.Table | Exception:
-    """The rows, or why there are none. The note gets one byte longer, and goes unless the process dies here."""
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with note.open("ab") as file:
-        file.write(b".")
+def _try(samples: pa.Table, measure: Measure) -> pa.Table | Exception:
+    """The rows, or why there are none."""
     try:
         return measure(samples)
     except ConfigError:
         raise
     except Exception as error:
         return error
+
+
+@contextmanager
+def _noted(note: Path) -> Iterator[None]:
+    """A begin in the note before the block, and an end after it unless the process dies there."""
+    note.parent.mkdir(parents=True, exist_ok=True)
+    _append(note, BEGIN)
+    try:
+        yield
     finally:
-        note.unlink(missing_ok=True)
+        _append(note, END)
+
+
+def _append(note: Path, mark: bytes) -> None:
+    with note.open("ab") as file:
+        file.write(mark)
 
 
 def _set_aside(sample: pa.Table, reason: str) -> pa.Table:
@@ -93,15 +130,16 @@ def _set_aside(sample: pa.Table, reason: str) -> pa.Table:
     return pa.Table.from_pylist([row], schema=ACTIVATIONS)
 
 
-def _num_tries(note: Path) -> int:
-    return note.stat().st_size if note.exists() else 0
+def _read(note: Path) -> tuple[int, int]:
+    """How often a process died in it, and how often it came to its end."""
+    marks = note.read_bytes() if note.exists() else b""
+    return marks.count(BEGIN) - marks.count(END), marks.count(END)
 
 
 def _require_few_killers(notes: Path) -> None:
-    killers = [note for note in notes.glob("sample-*") if _num_tries(note) >= NUM_TRIES]
+    killers = [note for note in notes.glob("sample-*") if _read(note)[0] >= NUM_TRIES]
     if len(killers) > MAX_KILLERS:
         raise RuntimeError(
             f"{notes.parent}: more than {MAX_KILLERS} samples killed the process that measured them, so the texts are "
-            "hardly the cause; look for memory (measure.batch_tokens, measure.num_actors) or a broken installation, "
-            f"then remove {notes} and run again"
+            f"hardly the cause; look for {CAUSES}, then remove {notes} and run again"
         )

@@ -4,7 +4,10 @@ Every task folds some activation parts into one partial (`FeatureCounts`, `TopEx
 the driver folds the partials; both are monoids, so neither the split nor the order shows in the result. A second pass
 over the samples cuts the exemplars' spans. No model runs here: another threshold or label is another reduction.
 
-    coverage/<corpus>/  coverage.parquet  labels.parquet  exemplars.parquet  summary.json (last)
+A corpus that grew is folded on: the fold of its old parts (`tally`) and the spans that were cut stay.
+
+    coverage/<corpus>/  tally.parquet  spans.parquet  coverage.parquet  labels.parquet  exemplars.parquet
+                        summary.json (last)
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +29,9 @@ from jaxtyping import Int, UInt64
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
 from fac_ray.config import MeasureConfig
 from fac_ray.coverage import NEGATIVE, POSITIVE, UNLABELLED, CorpusCoverage, CountsFold, FeatureCounter, FeatureCounts
-from fac_ray.exemplars import ExemplarsFold, TopExemplars, span_of
+from fac_ray.exemplars import ExemplarsFold, TopExemplars, span_of, strengths
 from fac_ray.schema import ACTIVATIONS, COVERAGE, EXEMPLARS, hash_of, require_columns
+from fac_ray.tally import SPANS, RowSet, Tally, load_spans, load_tally, save_spans, save_tally
 
 if TYPE_CHECKING:
     from fac_ray.progress import Progress
@@ -43,7 +47,6 @@ SPARE_EXEMPLARS = 3
 
 HEX_ID = re.compile("[0-9a-f]{32}")
 LABELS = pa.schema([("feature_id", pa.int32()), ("labelled", pa.int64()), ("positive", pa.int64())])
-SPANS = pa.schema([*[f for f in EXEMPLARS if f.name != "rank"]])
 
 
 def reduce_coverage(
@@ -57,16 +60,25 @@ def reduce_coverage(
 ) -> dict[str, Any]:
     """Write the coverage of a corpus; returns num_samples, num_tokens, num_errors and num_active_features.
 
-    `positive`: the labels that mean "belongs to the task". The progress counts samples.
+    `positive`: the labels that mean "belongs to the task". The progress counts samples. What lies in the output folder
+    is of the same `measure`, `d_sae` and `positive`, or nothing lies there.
 
     Raises:
         FileNotFoundError: a folder holds no Parquet file.
         ValueError: the activations are not one row for each sample, or were measured with another SAE.
     """
     labels, samples = _read_labels(samples_folder, positive)
-    counts, exemplars = _fold_parts(activations_folder, labels, samples, measure, d_sae, progress)
-    coverage = CorpusCoverage.from_counts(counts)
-    spans = _cut_spans(samples_folder, exemplars.rows, measure.span_words)
+    empty = Tally.empty(measure, d_sae, SPARE_EXEMPLARS * measure.num_exemplars)
+    kept = load_tally(output_folder, empty, activations_folder)
+    tally = _fold_parts(activations_folder, kept, labels, measure, d_sae, progress)
+    if kept.parts and tally.rows != samples:  # another label, or a sample that is gone
+        tally = _fold_parts(activations_folder, empty, labels, measure, d_sae, progress)
+    _check_rows(activations_folder, tally.rows, samples)
+    coverage = CorpusCoverage.from_counts(tally.counts)
+    peaks, cut = load_spans(output_folder, tally.exemplars.rows)
+    spans = pa.concat_tables([cut, _cut_spans(samples_folder, peaks, measure.span_words)])
+    save_tally(output_folder, tally)
+    save_spans(output_folder, spans)
     write_table(output_folder / "exemplars.parquet", _rank_spans(spans, measure.num_exemplars))
     save_coverage(output_folder, coverage)
     return {
@@ -158,51 +170,39 @@ def id_numbers(sample_ids: pa.ChunkedArray) -> UInt64[np.ndarray, " rows"]:
     return np.frombuffer(bytes.fromhex("".join(ids)), ">u8")[::2].astype(np.uint64)
 
 
-class _RowSet(NamedTuple):
-    """Order-free digest of a set of rows: equal for equal sets; of unequal ones with a chance of about 2^-64."""
-
-    num_rows: int = 0
-    id_sum: int = 0
-
-    def add(self, other: _RowSet) -> _RowSet:
-        return _RowSet(self.num_rows + other.num_rows, (self.id_sum + other.id_sum) % 2**64)
-
-    @classmethod
-    def of(cls, ids: UInt64[np.ndarray, " rows"]) -> _RowSet:
-        return cls(len(ids), int(ids.sum(dtype=np.uint64)))
-
-
-def _read_labels(samples_folder: Path, positive: tuple[str, ...]) -> tuple[SampleLabels, _RowSet]:
+def _read_labels(samples_folder: Path, positive: tuple[str, ...]) -> tuple[SampleLabels, RowSet]:
     """Label classes of all labelled samples, and which samples there are."""
     paths = _require_parts(samples_folder)
-    rows, ids, classes = _RowSet(), [], []
+    rows, ids, classes = RowSet(), [], []
     value_set = pa.array(positive, pa.string())
     for path in paths:
         part = pq.read_table(path, columns=["sample_id", "label"])
         numbers = id_numbers(part["sample_id"])
-        rows = rows.add(_RowSet.of(numbers))
         labelled = pc.is_valid(part["label"]).to_numpy()
         is_positive = pc.is_in(part["label"], value_set=value_set).to_numpy()
+        of_part = np.where(labelled, np.where(is_positive, POSITIVE, NEGATIVE), UNLABELLED).astype(np.int8)
+        rows = rows.add(RowSet.of(numbers, of_part))
         ids.append(numbers[labelled])
-        classes.append(np.where(is_positive, POSITIVE, NEGATIVE).astype(np.int8)[labelled])
+        classes.append(of_part[labelled])
     return SampleLabels(np.concatenate(ids), np.concatenate(classes)), rows
 
 
 def _fold_parts(
-    folder: Path, labels: SampleLabels, samples: _RowSet, measure: MeasureConfig, d_sae: int, progress: Progress
-) -> tuple[FeatureCounts, TopExemplars]:
-    """The counts and strongest exemplars of all activation parts."""
-    num_kept = SPARE_EXEMPLARS * measure.num_exemplars
-    fold = CountsFold(FeatureCounts.empty(measure.grid, measure.threshold, d_sae))
+    folder: Path, kept: Tally, labels: SampleLabels, measure: MeasureConfig, d_sae: int, progress: Progress
+) -> Tally:
+    """The counts and strongest exemplars of all activation parts, those that are in `kept` already not read again."""
+    num_kept = kept.exemplars.num_kept
+    fold, rows, parts, tops = CountsFold(kept.counts), kept.rows, set(kept.parts), [kept.exemplars]
+    progress.set(rows.num_rows)
+    paths = [path for path in _require_parts(folder) if path.name not in parts]
     reduce_parts = partial(_reduce_parts, labels_ref=ray.put(labels), measure=measure, d_sae=d_sae, num_kept=num_kept)
-    rows, tops = _RowSet(), [TopExemplars.empty(num_kept)]
-    for row in _map_parts(folder, reduce_parts).iter_rows():
+    for row in _map_parts(paths, reduce_parts).iter_rows() if paths else ():
         if fold.fold(row["parts"], FeatureCounts.from_bytes(row["counts"])):
-            rows = rows.add(_RowSet(row["num_rows"], row["id_sum"]))
+            rows = rows.add(RowSet(row["num_rows"], row["id_sum"]))
+            parts |= {Path(path).name for path in row["parts"].split("\n")}
             tops = _gather(tops, TopExemplars.from_bytes(num_kept, row["exemplars"]))
             progress.advance(row["num_rows"])
-    _check_rows(folder, rows, samples)
-    return fold.total, TopExemplars.merge_all(tops)
+    return Tally(frozenset(parts), rows, fold.total, TopExemplars.merge_all(tops))
 
 
 def _reduce_parts(
@@ -212,11 +212,12 @@ def _reduce_parts(
     labels: SampleLabels = ray.get(labels_ref)
     paths = batch["path"].to_pylist()
     counter, exemplars = FeatureCounter(measure.grid, measure.threshold, d_sae), ExemplarsFold(num_kept, d_sae)
-    seen = _RowSet()
+    seen = RowSet()
     for rows in read_activations(paths):
         numbers = id_numbers(rows["sample_id"])
-        seen = seen.add(_RowSet.of(numbers))
-        counter.count(rows, labels.of(numbers))
+        classes = labels.of(numbers)
+        seen = seen.add(RowSet.of(numbers, classes))
+        counter.count(rows, classes)
         exemplars.fold(rows)
     return pa.table(
         {
@@ -245,7 +246,7 @@ def _gather(tops: list[TopExemplars], top: TopExemplars) -> list[TopExemplars]:
     return tops if len(tops) < MERGE_EVERY else [TopExemplars.merge_all(tops)]
 
 
-def _check_rows(folder: Path, measured: _RowSet, samples: _RowSet) -> None:
+def _check_rows(folder: Path, measured: RowSet, samples: RowSet) -> None:
     if measured != samples:
         raise ValueError(
             f"{folder}: {measured.num_rows} activation rows do not stand for the {samples.num_rows} samples, one each; "
@@ -261,7 +262,9 @@ def _cut_spans(samples_folder: Path, peaks: pa.Table, span_words: int) -> pa.Tab
     order = np.argsort(numbers, kind="stable")
     wanted = ray.put((numbers[order], peaks.take(pa.array(order))))
     cut = partial(_cut_part_spans, wanted=wanted, span_words=span_words)
-    batches: Iterator[Any] = iter(_map_parts(samples_folder, cut).iter_batches(batch_size=None, batch_format="pyarrow"))
+    batches: Iterator[Any] = iter(
+        _map_parts(_require_parts(samples_folder), cut).iter_batches(batch_size=None, batch_format="pyarrow")
+    )
     return pa.concat_tables([SPANS.empty_table(), *(batch.cast(SPANS) for batch in batches)])
 
 
@@ -269,8 +272,10 @@ def _cut_part_spans(batch: pa.Table, wanted: ray.ObjectRef, span_words: int) -> 
     """The spans of the wanted peaks that lie in the sample parts that a batch names."""
     numbers, peaks = ray.get(wanted)
     for path in batch["path"].to_pylist():
-        part = pq.read_table(path, columns=["sample_id", "text"])
-        ids = id_numbers(part["sample_id"])
+        ids = id_numbers(pq.read_table(path, columns=["sample_id"])["sample_id"])
+        if not np.isin(ids, numbers).any():
+            continue
+        part = pq.read_table(path, columns=["text"])
         first, last = np.searchsorted(numbers, ids, "left"), np.searchsorted(numbers, ids, "right")
         sample = np.repeat(np.arange(len(ids)), last - first)
         at = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)] or [np.zeros(0, np.int64)])
@@ -288,7 +293,9 @@ def _cut_part_spans(batch: pa.Table, wanted: ray.ObjectRef, span_words: int) -> 
 
 def _rank_spans(spans: pa.Table, num_exemplars: int) -> pa.Table:
     """EXEMPLARS: of each feature the strongest spans that differ, so that a text that recurs fills one rank."""
-    spans = spans.sort_by([("feature_id", "ascending"), ("activation", "descending"), ("sample_id", "ascending")])
+    strength = pa.array(strengths(spans["activation"].to_numpy()))
+    order = [("feature_id", "ascending"), ("strength", "descending"), ("sample_id", "ascending")]
+    spans = spans.append_column("strength", strength).sort_by(order).drop_columns("strength")
     ids, texts = spans["feature_id"].to_pylist(), spans["span"].to_pylist()
     kept, ranks, previous = [], [], None
     seen: set[str] = set()
@@ -303,9 +310,8 @@ def _rank_spans(spans: pa.Table, num_exemplars: int) -> pa.Table:
     return require_columns(chosen, EXEMPLARS, "exemplars")
 
 
-def _map_parts(folder: Path, function: Callable[[pa.Table], Any]) -> ray.data.Dataset:
-    """`function` over tables with a column `path`, each naming a group of the folder's parts."""
-    paths = _require_parts(folder)
+def _map_parts(paths: list[Path], function: Callable[[pa.Table], Any]) -> ray.data.Dataset:
+    """`function` over tables with a column `path`, each naming a group of the parts."""
     by_size = sum(path.stat().st_size for path in paths) // GROUP_BYTES
     num_groups = min(len(paths), max(MIN_GROUPS, min(MAX_GROUPS, by_size)))
     items = [{"path": str(path.resolve())} for path in paths]

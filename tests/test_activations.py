@@ -88,7 +88,7 @@ def assert_same_rows(found: pa.Table, expected: pa.Table) -> None:
     for name in ("sample_id", "feature_ids", "num_tokens", "truncated", "error"):
         assert found[name].to_pylist() == expected[name].to_pylist()
     activations = zip(found["activations"].to_pylist(), expected["activations"].to_pylist(), strict=True)
-    assert all(a == pytest.approx(b, rel=1e-4, abs=1e-4) for a, b in activations)
+    assert all(a == pytest.approx(b, rel=1e-5) for a, b in activations)
 
 
 def test_every_sample_has_one_row_as_the_extractor_measures_it(corpus, measured):

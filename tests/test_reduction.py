@@ -137,7 +137,10 @@ def test_what_is_written_has_the_stated_schemas(tmp_path, corpus):
     _, folder = reduce(tmp_path, corpus[0], corpus[1], 2)
     assert read_table(folder / "coverage.parquet").schema == COVERAGE
     assert read_table(folder / "exemplars.parquet").schema == EXEMPLARS
-    assert {p.name for p in parquet_files(folder)} == {"coverage.parquet", "exemplars.parquet", "labels.parquet"}
+    kept = {"tally.parquet", "spans.parquet"}
+    assert {p.name for p in parquet_files(folder)} == kept | {
+        f"{n}.parquet" for n in ("coverage", "exemplars", "labels")
+    }
 
 
 @pytest.mark.usefixtures("ray_cluster")
