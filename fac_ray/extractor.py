@@ -142,7 +142,7 @@ class FeatureExtractor:
             return str(error)
 
     def _pooled(self, pending: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks, int]]:
-        """(owner, peaks, sinks) of every (owner, window), longest first; as many at once as budget and padding allow."""
+        """(owner, peaks, sinks) of each (owner, window), longest first; as many at once as budget and padding allow."""
         longest_first = deque(sorted(pending, key=lambda owned: -len(owned[1].token_ids)))
         while longest_first:
             num_windows = self._num_windows(len(window.token_ids) for _, window in longest_first)
