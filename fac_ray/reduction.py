@@ -273,10 +273,10 @@ def _cut_part_spans(batch: pa.Table, wanted: ray.ObjectRef, span_words: int) -> 
     numbers, peaks = ray.get(wanted)
     for path in batch["path"].to_pylist():
         ids = id_numbers(pq.read_table(path, columns=["sample_id"])["sample_id"])
-        if not np.isin(ids, numbers).any():
+        first, last = np.searchsorted(numbers, ids, "left"), np.searchsorted(numbers, ids, "right")
+        if not (last > first).any():
             continue
         part = pq.read_table(path, columns=["text"])
-        first, last = np.searchsorted(numbers, ids, "left"), np.searchsorted(numbers, ids, "right")
         sample = np.repeat(np.arange(len(ids)), last - first)
         at = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)] or [np.zeros(0, np.int64)])
         found = peaks.take(pa.array(at, pa.int64()))

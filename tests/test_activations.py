@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from processes import wait_for_session
 from tiny_llama import save_authors_sae, save_llama
 
 from fac_ray import activations as stage
@@ -155,7 +153,7 @@ def test_a_run_whose_driver_is_killed_goes_on_and_ends_with_the_same_rows(corpus
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    wait_for_workers(session=driver.pid)
+    wait_for_session(driver.pid)
     interrupt_last_part(tmp_path)
     assert 0 < committed_totals(tmp_path).num_samples < NUM_SAMPLES
     facts = extract_activations(root / "samples", tmp_path, config, Progress.silent())
@@ -171,39 +169,6 @@ def interrupt_last_part(folder: Path) -> None:
     ids.rename(ids.with_name(ids.stem + PENDING))
     part.write_bytes(part.read_bytes()[:100])
     assert committed_totals(folder).num_samples == before - lost
-
-
-def wait_for_workers(session: int) -> None:
-    """Ray's workers notice by themselves that their driver is gone, and may write until then; agents stay longer."""
-    deadline = time.monotonic() + 120
-    while any(re.match(r"ray::(?!\w+Agent)", name) for name in members(session).values()):
-        assert time.monotonic() < deadline, "workers outlive their driver"
-        time.sleep(0.2)
-    for pid in members(session):
-        os.kill(pid, signal.SIGKILL)
-
-
-def members(session: int) -> dict[int, str]:
-    """Process id and command of what runs in the session that the driver was started in."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                if os.getsid(int(entry.name)) == session:
-                    found[int(entry.name)] = (entry / "cmdline").read_text()
-    return found
-
-
-def test_more_rows_than_samples_are_an_error_that_says_both(corpus, measured, tmp_path):
-    config, root = corpus
-    shutil.copytree(measured[1], tmp_path, dirs_exist_ok=True)
-    [part, *_] = parquet_files(tmp_path)
-    ids = tmp_path / stage.CHECKPOINT_FOLDER / f"{part.stem.rpartition('-')[0]}.parquet"
-    shutil.copy(part, part.with_name("twice-0.parquet"))
-    shutil.copy(ids, ids.with_name("twice.parquet"))
-    too_many = NUM_SAMPLES + pq.read_metadata(part).num_rows
-    with pytest.raises(RuntimeError, match=f"{too_many} rows .* {NUM_SAMPLES} samples; remove the folder"):
-        extract_activations(root / "samples", tmp_path, config, Progress.silent())
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from processes import end_session, wait_for_session
 from test_pipeline import numbers, text_of
 from tiny_llama import save_authors_sae, save_llama
 
@@ -221,10 +221,11 @@ samples, folder, config, temporary = map(Path, sys.argv[1:])
 removed = temporary / "removed"
 
 class Waiting(activations.Extraction):
-    num_batches = 0  # after the first it waits until a node is gone, so that the node goes while there is work
+    num_batches = 0
 
     def measure(self, samples):
-        while self.num_batches and not removed.exists():
+        deadline = time.monotonic() + 10 * min(self.num_batches, 1)
+        while time.monotonic() < deadline and not removed.exists():  # so that a node goes while there is work
             time.sleep(0.05)
         self.num_batches += 1
         return super().measure(samples)
@@ -270,8 +271,12 @@ def short_folder() -> Iterator[str]:
 def test_a_node_that_leaves_changes_no_row(samples, tree, undisturbed, tmp_path, short_folder):
     (tmp_path / "config.yaml").write_text(json.dumps({**tree, "measure": {"num_actors": 2}}))
     command = [sys.executable, "-c", CLUSTER_DRIVER, samples, tmp_path / "out", tmp_path / "config.yaml", short_folder]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    assert done.stdout.split() == ["removed"]
+    driver = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    try:
+        told, _ = driver.communicate(timeout=240)
+    finally:
+        end_session(driver.pid)
+    assert (told.split(), driver.wait()) == (["removed"], 0)
     rows = read_table(tmp_path / "out").to_pylist()
     assert len(rows) == NUM_SAMPLES
     assert_same({row["sample_id"]: row for row in rows}, undisturbed)
@@ -316,29 +321,6 @@ def test_a_driver_that_is_killed_at_a_random_moment_goes_on_to_the_same_numbers(
     driver.wait()
     wait_for_session(driver.pid)
     assert measure(config_from_tree(json.loads((tmp_path / "run.yaml").read_text()))) == measured
-
-
-def wait_for_session(session: int) -> None:
-    """Ray's workers notice by themselves that their driver is gone; what stays of the session is ended."""
-    deadline = time.monotonic() + 120
-    while any(re.match(r"ray::(?!\w+Agent)", name) for name in members(session).values()):
-        assert time.monotonic() < deadline, "workers outlive their driver"
-        time.sleep(0.2)
-    for pid in members(session):
-        os.kill(pid, signal.SIGKILL)
-
-
-def members(session: int) -> dict[int, str]:
-    """Process id and command of what runs in a session."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session:
-                    found[int(entry.name)] = (entry / "cmdline").read_text()
-            except (ProcessLookupError, FileNotFoundError):
-                continue
-    return found
 
 
 # ---- the storage fails ----

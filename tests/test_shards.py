@@ -10,7 +10,7 @@ import pytest
 from test_pipeline import numbers, text_of
 from tiny_llama import save_authors_sae, save_llama
 
-from fac_ray import parts, pipeline
+from fac_ray import parts, pipeline, reduction
 from fac_ray.artifacts import parquet_files, read_table, write_table
 from fac_ray.config import CorpusConfig, config_from_tree
 from fac_ray.corpus import ingest_corpus
@@ -169,17 +169,26 @@ def tree(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_added_shard_costs_its_own_samples_and_gives_the_numbers_of_one_run(tree):
+def test_an_added_shard_costs_its_own_samples_and_gives_the_numbers_of_one_run(tree, monkeypatch):
     data, run = Path(tree["corpora"]["a"]["path"]), Path(tree["run"]["folder"])
     for shard in range(3):
         write_shard(data / f"{shard}.jsonl", range(100 * shard, 100 * shard + 100))
     pipeline.measure(config_from_tree(tree))
     first = committed_ids(run / "activations" / "a")
     write_shard(data / "0b.jsonl", range(900, 930))
+    folded: list[str] = []
+    map_parts = reduction._map_parts
+
+    def noting(paths, function):
+        folded.extend(path.name for path in paths if path.parent.parent.name == "activations")
+        return map_parts(paths, function)
+
+    monkeypatch.setattr(reduction, "_map_parts", noting)
     assert pipeline.measure(config_from_tree(tree))["corpora"]["a"]["num_samples"] == 330
     added = set(committed_ids(run / "activations" / "a")) - set(first)
     assert {Path(file).name for file in measured_files(run, added)} == {"0b.jsonl"}
     assert sum(len(read_table(ids)) for ids in added) == 30
+    assert {name.rpartition("-")[0] for name in folded} == {ids.stem for ids in added}
 
     (data / "1.jsonl").unlink()
     write_shard(data / "2.jsonl", range(200, 350))
