@@ -252,8 +252,8 @@ def sae() -> None:
 def sae_train(path: str | None, overrides: tuple[str, ...], folder: str | None, verbose: bool) -> None:
     """Train and measure the SAE at `sae.path`.
 
-    It learns the model's residual stream over the texts of all corpora, by the section `sae_training` of the config. The
-    same command goes on after an interruption; the folder that comes out holds card.md. See docs/sae-training.md.
+    It learns the model's residual stream over the texts of all corpora, by the section `sae_training` of the config.
+    The same command goes on after an interruption; the folder that comes out holds card.md. See docs/sae-training.md.
 
     \b
     Example: fac-ray sae train --config my.yaml --set sae_training.d_sae=16384 --set sae_training.k=32
