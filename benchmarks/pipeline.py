@@ -2,12 +2,12 @@
 
     python benchmarks/pipeline.py [--chats N] [--width 512] [--rounds 2] [--json FILE]
 
-Three ways in turn, some rounds of them: the bare extractor in this process, all samples in one call; the pipeline with one actor of
-as many threads; with two actors that share the cores. The rate of the pipeline is that of its steady state: tokens of
-the parts that were committed after the first, over the time from the first commit to the last. What comes before the
-first commit (Ray's workers, loading model and SAE in every actor, the first part) is its start-up, reported apart, as
-is the start of Ray itself. Beside each rate per second of the clock stands the rate per second of CPU, all processes
-together: on a machine that others use, the clock measures them too.
+Three ways in turn, some rounds of them: the bare extractor in this process, all samples in one call; the pipeline with
+one actor of as many threads; with two actors that share the cores. The rate of the pipeline is that of its steady
+state: tokens of the parts that were committed after the first, over the time from the first commit to the last. What
+comes before the first commit (Ray's workers, loading model and SAE in every actor, the first part) is its start-up,
+reported apart, as is the start of Ray itself. Beside each rate per second of the clock stands the rate per second of
+CPU, all processes together: on a machine that others use, the clock measures them too.
 
 The rows of the ways are compared: ids, tokens and errors are equal, activations within the rounding of another batch.
 """
