@@ -43,6 +43,7 @@ NUM_CHATS, NUM_MESSAGES, NUM_CHARACTERS = 2000, 2, 150
 """Different chats; each is cut to its first messages, and these to their first characters."""
 PART_ROWS = 2000
 INTERVAL_S = 0.25
+NUM_LARGEST = 8
 
 
 def main() -> None:
@@ -71,42 +72,58 @@ def compare(sizes: Sequence[int]) -> dict[str, Any]:
             write_samples(Path(temporary) / f"{size}/samples", size)
         peaks = {str(size): watch(Path(temporary), size) for size in sizes}
     first, last = peaks[str(sizes[0])], peaks[str(sizes[-1])]
-    growth = {name: round(last[name] / first[name] - 1, 3) for name in first if name.endswith("_mib")}
+    kinds = ("driver_mib", "actors_and_tasks_mib", "services_mib", "total_mib")
+    growth = {name: round(last[name] / first[name] - 1, 3) for name in kinds}
     return {"peaks": peaks, "growth_fraction": growth}
 
 
-def watch(folder: Path, size: int) -> dict[str, float]:
-    """Run one size in a process of its own; returns the largest memory of each kind of process, and of all together."""
+def watch(folder: Path, size: int) -> dict[str, Any]:
+    """Run one size in a process of its own; returns the largest memory of each kind of process and of all together,
+    and what the last was made of."""
     command = [sys.executable, __file__, "--measure", str(size), "--folder", str(folder)]
-    started_s, peaks = time.monotonic(), Counter[str]()
+    started_s, peaks, at_peak = time.monotonic(), Counter[str](), Counter[str]()
     with subprocess.Popen(command) as process:
         while process.poll() is None:
-            for name, num_bytes in sample_memory(process.pid).items():
-                peaks[name] = max(peaks[name], num_bytes)
+            by_title = sample_memory(process.pid)
+            sizes = by_kind(by_title)
+            if sizes["total"] > peaks["total"]:
+                at_peak = by_title
+            peaks |= sizes  # the larger of the two, each
             time.sleep(INTERVAL_S)
     if process.returncode:
         raise SystemExit(f"the run of {size} chats failed")
     facts = json.loads((folder / f"{size}/facts.json").read_text())
     seconds = round(time.monotonic() - started_s, 1)
-    return {**{f"{name}_mib": round(num / 2**20, 1) for name, num in peaks.items()}, "wall_s": seconds, **facts}
+    mib = {f"{name}_mib": round(num / 2**20, 1) for name, num in peaks.items()}
+    largest = {title: round(num / 2**20, 1) for title, num in at_peak.most_common(NUM_LARGEST)}
+    return {**mib, "at_peak_mib": largest, "wall_s": seconds, **facts}
 
 
 def sample_memory(driver: int) -> Counter[str]:
-    """Proportional set size in bytes of the driver, of the actors and tasks, of Ray's services, and of all together."""
-    sizes = Counter[str]()
+    """Proportional set size in bytes of the driver and of all that it started, by what a process calls itself and how
+    many call themselves so."""
+    sizes, nums = Counter[str](), Counter[str]()
     try:
         processes = [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]
     except psutil.NoSuchProcess:
         return sizes
     for process in processes:
         try:
-            size, title = process.memory_full_info().pss, " ".join(process.cmdline())
+            size, name = process.memory_full_info().pss, " ".join(process.cmdline())
         except psutil.Error:  # it has ended meanwhile
             continue
-        kind = "driver" if process.pid == driver else "actors_and_tasks" if title.startswith("ray::") else "services"
-        sizes[kind] += size
-        sizes["total"] += size
-    return sizes
+        title = "driver" if process.pid == driver else name if name.startswith("ray::") else "services"
+        sizes[title] += size
+        nums[title] += 1
+    return Counter({f"{nums[title]} x {title}": size for title, size in sizes.items()})
+
+
+def by_kind(by_title: Counter[str]) -> Counter[str]:
+    """The same of the driver, of actors and tasks, of Ray's services, and of all together."""
+    sizes = Counter[str]()
+    for title, size in by_title.items():
+        sizes["actors_and_tasks" if " x ray::" in title else title.split(" x ")[1]] += size
+    return sizes + Counter(total=sizes.total())
 
 
 def run_once(folder: Path, size: int) -> None:

@@ -1,13 +1,13 @@
 """What Ray costs: the extraction pipeline beside the bare extractor, on the same samples, cores and threads.
 
-    python benchmarks/pipeline.py [--chats N] [--width 512] [--json FILE]
+    python benchmarks/pipeline.py [--chats N] [--width 512] [--rounds 2] [--json FILE]
 
-Three ways in turn, twice: the bare extractor in this process, all samples in one call; the pipeline with one actor of
-as many threads; with two actors that share the cores. The rate of the pipeline is that of its steady state: tokens of
-the parts that were committed after the first, over the time from the first commit to the last. What comes before the
-first commit (Ray's workers, loading model and SAE in every actor, the first part) is its start-up, reported apart, as
-is the start of Ray itself. Beside each rate per second of the clock stands the rate per second of CPU, all processes
-together: on a machine that others use, the clock measures them too.
+Three ways in turn, some rounds of them: the bare extractor in this process, all samples in one call; the pipeline with
+one actor of as many threads; with two actors that share the cores. The rate of the pipeline is that of its steady
+state: tokens of the parts that were committed after the first, over the time from the first commit to the last. What
+comes before the first commit (Ray's workers, loading model and SAE in every actor, the first part) is its start-up,
+reported apart, as is the start of Ray itself. Beside each rate per second of the clock stands the rate per second of
+CPU, all processes together: on a machine that others use, the clock measures them too.
 
 The rows of the ways are compared: ids, tokens and errors are equal, activations within the rounding of another batch.
 """
@@ -42,7 +42,6 @@ from fac_ray.parts import committed_ids
 from fac_ray.progress import Progress
 from fac_ray.schema import SAMPLES
 
-ROUNDS = 2
 WARM_UP_SAMPLES = 8
 CLOCK_INTERVAL_S = 0.2
 
@@ -52,18 +51,25 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=512)
     parser.add_argument("--width", type=int, default=SHAPE_M.d_model // 2, help="d_model; shape M has 1024")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp") as temporary:
-        report = measure(Path(temporary), arguments.chats, arguments.width, arguments.dtype)
+        config = write_world(Path(temporary), arguments.chats, shape_of(arguments.width), arguments.dtype)
+        runs = measure(Path(temporary), config, arguments.rounds)
+    report = {
+        "shape": shape_of(arguments.width)._asdict(),
+        "dtype": arguments.dtype,
+        "num_chats": arguments.chats,
+        **runs,
+    }
     click.echo(json.dumps(report, indent=2))
     if arguments.json:
         write_json(arguments.json, report)
 
 
-def measure(folder: Path, num_chats: int, width: int, dtype: str) -> dict[str, Any]:
-    """Rates of the three ways and their ratios."""
-    config = write_world(folder, num_chats, shape_of(width), dtype)
+def measure(folder: Path, config: RunConfig, num_rounds: int) -> dict[str, Any]:
+    """Rates of the three ways, `num_rounds` times in turn, and their ratios."""
     samples = read_table(folder / "samples")
     extractor = FeatureExtractor(config.model, config.sae, config.measure, device="cpu")
     extractor.extract_table(samples.slice(0, WARM_UP_SAMPLES))
@@ -79,7 +85,7 @@ def measure(folder: Path, num_chats: int, width: int, dtype: str) -> dict[str, A
     ray_start_s = time.monotonic() - started_s
     ray.data.DataContext.get_current().enable_progress_bars = False
     runs: dict[str, list[dict[str, Any]]] = {"bare": [], "one_actor": [], "two_actors": []}
-    for number in range(ROUNDS):
+    for number in range(num_rounds):
         bare, expected = run_bare(extractor, samples)
         runs["bare"].append(bare)
         for name, num_actors in (("one_actor", 1), ("two_actors", 2)):
@@ -87,9 +93,6 @@ def measure(folder: Path, num_chats: int, width: int, dtype: str) -> dict[str, A
             runs[name].append({**run_pipeline(folder, output, config, num_actors), **difference(output, expected)})
     ray.shutdown()
     return {
-        "shape": shape_of(width)._asdict(),
-        "dtype": dtype,
-        "num_samples": len(samples),
         "threads": torch.get_num_threads(),
         "ray_start_s": round(ray_start_s, 1),
         "runs": runs,
