@@ -1,8 +1,9 @@
 """What SAE encoding with pooling costs beyond its own matrix product, and how much memory it takes.
 
-    product     the product of a chunk of tokens with the encoder alone, in the precision in which the SAE runs it
-    fac_ray     exact native Top-K of the same tokens, and the maximum over the tokens of each sample
-    torch.topk  the same through the product in float32, `torch.topk`, and the maxima
+    product      the product of a chunk of tokens with the encoder alone, in the precision of the Top-K
+    fac_ray      exact native Top-K of the same tokens, and the maximum over the tokens of each sample
+    torch_topk   the same through the product in float32, `torch.topk`, and the maxima
+    product_float32, jumprelu, dense     the product in float32; with JumpReLU or ReLU of all features, and the maxima
 
     python benchmarks/encoding.py --json encoding.json
     python benchmarks/encoding.py --d-model 4096
@@ -30,11 +31,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from fac_ray.extractor import STRETCH_NUMBERS
-from fac_ray.peaks import Peaks, sparse_peaks
+from fac_ray.peaks import Peaks, dense_peaks, sparse_peaks
 from fac_ray.sae import SparseAutoencoder
 from fac_ray.topk import TopKProduct
 
 TOKENS_OF_A_SAMPLE = 128
+JUMP = 3.1
+"""Threshold of JumpReLU, in standard deviations of the pre-activations: about one feature in a thousand is above it."""
+
+PRODUCT_OF = {
+    "fac_ray": "product",
+    "torch_topk": "product",
+    "jumprelu": "product_float32",
+    "dense": "product_float32",
+}
+"""What each way is compared with."""
 
 
 class Sizes(NamedTuple):
@@ -54,7 +65,10 @@ class Encoding:
         W_enc = torch.randn(d_model, d_sae, generator=generator) / d_model**0.5
         b_enc = 0.1 * torch.randn(d_sae, generator=generator)
         self.device, self.k, self.d_sae, self.d_model = device, k, d_sae, d_model
-        self.sae = SparseAutoencoder(W_enc, b_enc, torch.zeros(d_model), k=k).to(device)
+        b_in = 0.1 * torch.randn(d_model, generator=generator)
+        self.sae = SparseAutoencoder(W_enc, b_enc, b_in, k=k).to(device)
+        threshold = torch.full((d_sae,), JUMP)
+        self.jumprelu_sae = SparseAutoencoder(W_enc, b_enc, b_in, threshold=threshold).to(device)
         self.chunk_tokens = max(1, STRETCH_NUMBERS["cuda" if device.startswith("cuda") else "cpu"] // d_sae)
         """As many as the extractor encodes at once."""
         self.dtype = torch.bfloat16 if TopKProduct.pays(self.sae.W_enc, k) else torch.float32
@@ -76,8 +90,20 @@ class Encoding:
 
     def torch_topk(self, x: Tensor) -> list[Peaks]:
         """The same through a selection over the whole width."""
-        values, feature_ids = torch.addmm(self.sae.b_enc, x, self.sae.W_enc).topk(self.k)
+        values, feature_ids = self.product_float32(x - self.sae.b_in).topk(self.k)
         return list(sparse_peaks(values.relu(), feature_ids, self.bounds(x), self.d_sae))
+
+    def product_float32(self, x: Tensor) -> Tensor:
+        """The product alone, in float32."""
+        return torch.addmm(self.sae.b_enc, x, self.sae.W_enc)
+
+    def jumprelu(self, x: Tensor) -> list[Peaks]:
+        """Native activations of a JumpReLU SAE, and pooling."""
+        return list(dense_peaks(self.jumprelu_sae.encode(x, "native"), self.bounds(x)))
+
+    def dense(self, x: Tensor) -> list[Peaks]:
+        """ReLU of every pre-activation, and pooling."""
+        return list(dense_peaks(self.sae.encode(x, "dense"), self.bounds(x)))
 
     def bounds(self, x: Tensor) -> list[int]:
         """Where the samples of a chunk start, and its end."""
@@ -89,20 +115,16 @@ class Encoding:
 
 def measure_times(encoding: Encoding, num_chunks: int) -> dict[str, float]:
     """Seconds of each way for one chunk, and its ratio to the product alone."""
-    ways: dict[str, Callable[[Tensor], object]] = {
-        "product": encoding.product,
-        "fac_ray": encoding.fac_ray,
-        "torch_topk": encoding.torch_topk,
-    }
+    ways = ("product", "product_float32", *PRODUCT_OF)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for chunk in range(num_chunks + 1):
         x = encoding.tokens(encoding.chunk_tokens, seed=chunk)
-        for name, run in ways.items():
-            seconds[name].append(_seconds(run, x, encoding.device))
+        for name in ways:
+            seconds[name].append(_seconds(getattr(encoding, name), x, encoding.device))
     found = {f"{name}_s": statistics.median(values[1:]) for name, values in seconds.items()}  # the first one warms up
-    for name in ("fac_ray", "torch_topk"):
-        ratios = [a / b for a, b in zip(seconds[name][1:], seconds["product"][1:], strict=True)]
-        found[f"{name}_over_product"] = statistics.median(ratios)
+    for name, product in PRODUCT_OF.items():
+        ratios = [a / b for a, b in zip(seconds[name][1:], seconds[product][1:], strict=True)]
+        found[f"{name}_over_{product}"] = statistics.median(ratios)
     found["operations_per_s_of_product"] = (
         2 * encoding.chunk_tokens * encoding.d_model * encoding.d_sae / found["product_s"]
     )

@@ -219,7 +219,8 @@ def stages(work: Work, dtype: torch.dtype) -> dict[str, float]:
     watch.time(ours.sae, "top_k", "Top-K")
     watch.time(fac_ray.extractor, "sparse_peaks", "pooling")
     watch.time(functional, "scaled_dot_product_attention", "backbone: attention")
-    watch.time(functional, "linear", {"Top-K": "SAE product", "backbone": "backbone: matrix products"})
+    for owner, product in ((functional, "linear"), (torch, "addmm")):
+        watch.time(owner, product, {"Top-K": "SAE product", "backbone": "backbone: matrix products"})
     with watch:
         ours.extract(work.samples)
     return watch.shares(rest="rest")

@@ -50,11 +50,12 @@ def sparse_peaks(
 
 def dense_peaks(activations: Float[Tensor, "N d_sae"], bounds: Sequence[int]) -> Iterator[Peaks]:
     """Peaks of each run of tokens, where every feature of a token is known; arguments as in `sparse_peaks`."""
-    largest = [activations[first:stop].max(dim=0) for first, stop in pairwise(bounds)]
-    values = torch.stack([found.values for found in largest])
-    tokens = torch.stack([found.indices + first for found, first in zip(largest, bounds, strict=False)])
-    runs, feature_ids = (~(values <= 0)).nonzero(as_tuple=True)
-    return _split(runs, feature_ids, values[runs, feature_ids], tokens[runs, feature_ids], num_runs=len(largest))
+    parts = [activations[first:stop] for first, stop in pairwise(bounds)]
+    largest = torch.stack([part.amax(dim=0) for part in parts])
+    runs, feature_ids = (~(largest <= 0)).nonzero(as_tuple=True)
+    found = feature_ids.split(runs.bincount(minlength=len(parts)).tolist())
+    tokens = [first + _first_of_largest(part, ids) for part, ids, first in zip(parts, found, bounds, strict=False)]
+    return _split(runs, feature_ids, largest[runs, feature_ids], torch.cat(tokens), num_runs=len(parts))
 
 
 def merge_peaks(parts: Sequence[Peaks]) -> Peaks:
@@ -68,6 +69,13 @@ def merge_peaks(parts: Sequence[Peaks]) -> Peaks:
     order = np.lexsort((tokens, -activations, feature_ids))
     order = order[np.diff(feature_ids[order], prepend=-1) > 0]
     return Peaks(feature_ids[order], activations[order], tokens[order])
+
+
+def _first_of_largest(activations: Float[Tensor, "N d_sae"], feature_ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """First token with the largest activation of each of these features; searched in their columns alone if few."""
+    if 2 * len(feature_ids) > activations.shape[1]:
+        return activations.max(dim=0).indices[feature_ids]
+    return activations[:, feature_ids].max(dim=0).indices
 
 
 def _split(runs: Tensor, feature_ids: Tensor, values: Tensor, tokens: Tensor, num_runs: int) -> Iterator[Peaks]:

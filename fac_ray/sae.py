@@ -56,7 +56,7 @@ class SparseAutoencoder(nn.Module):
             values, feature_ids = top_k(h, self.k)
             return torch.zeros_like(h).scatter_(-1, feature_ids, values.relu_())
         if activation == "native" and self.threshold is not None:
-            h = h * (h > self.threshold)
+            h.masked_fill_(h <= self.threshold, 0)
         return h.relu_()
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import BFloat16, Bool, Float, Float32, Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -82,8 +82,11 @@ class TopKProduct:
         """(values, positions), descending, of equals the first first; what `top_k` gives for the whole product."""
         rounded = x.bfloat16()
         rows = functional.linear(rounded, self._rounded, self._rounded_bias)
-        maxima = _block_maxima(rows).float()
-        floor = self._floor(x, rounded.float(), maxima.topk(self.k, dim=1).values[:, -1])
+        maxima = _positive_block_maxima(rows).float()
+        floor = self._floor(x, rounded.float(), maxima)
+        if not (floor > 0).all():
+            maxima = _block_maxima(rows).float()
+            floor = self._floor(x, rounded.float(), maxima)
         candidates, whole = _candidates(rows, maxima, floor)
         values, positions = _select(self._values(x, candidates), candidates, self.k)
         if whole.any():
@@ -92,12 +95,16 @@ class TopKProduct:
         return values, positions
 
     def _floor(
-        self, x: Float32[Tensor, "N d_model"], rounded: Float32[Tensor, "N d_model"], kth: Float32[Tensor, " N"]
+        self,
+        x: Float32[Tensor, "N d_model"],
+        rounded: Float32[Tensor, "N d_model"],
+        maxima: Float32[Tensor, "N blocks"],
     ) -> Float32[Tensor, " N"]:
-        """What a rounded value must reach to be one of the k largest in float32, if k rounded values reach `kth`.
+        """What a rounded value must reach to be one of the k largest in float32, if the blocks hold `maxima`.
 
         Rounding of the operands, of the sums and, in proportion to itself, of the result.
         """
+        kth = maxima.topk(self.k, dim=1).values[:, -1]
         norm = rounded.norm(dim=1)
         operands = (x - rounded).norm(dim=1) * self._largest_norm + norm * self._largest_error
         sums = 2 * x.shape[1] * UNIT_ROUNDOFF[torch.float32] * (x.norm(dim=1) + norm) * self._largest_norm
@@ -121,8 +128,17 @@ def _blocks_tell(width: int, k: int) -> bool:
     return width % BLOCK == 0 and width // BLOCK >= MIN_BLOCKS_PER_K * k
 
 
-def _block_maxima(rows: Float[Tensor, "N d"]) -> Float[Tensor, "N blocks"]:
+def _block_maxima(rows: Shaped[Tensor, "N d"]) -> Shaped[Tensor, "N blocks"]:
     return rows.view(len(rows), -1, BLOCK).amax(dim=-1)
+
+
+def _positive_block_maxima(rows: BFloat16[Tensor, "N d"]) -> BFloat16[Tensor, "N blocks"]:
+    """Maxima of the blocks that hold a number above 0; of others some number below or equal.
+
+    By the bits as integers, six times as fast: in that order the positive numbers stand as they do by value, above the
+    negative ones.
+    """
+    return _block_maxima(rows.view(torch.int16)).view(torch.bfloat16)
 
 
 def _candidates(
