@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fac_ray.extractor import STRETCH_NUMBERS
-from fac_ray.peaks import Peaks, dense_peaks, sparse_peaks
-from fac_ray.sae import SparseAutoencoder
-from fac_ray.topk import TopKProduct
+from fac_ray.features.extractor import STRETCH_NUMBERS
+from fac_ray.features.peaks import Peaks, dense_peaks, sparse_peaks
+from fac_ray.features.sae import SparseAutoencoder
+from fac_ray.features.topk import TopKProduct
 
 TOKENS_OF_A_SAMPLE = 128
 JUMP = 3.1

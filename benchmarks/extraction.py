@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-import fac_ray.extractor
-from fac_ray.chat import TokenizedSample, tokenize
+import fac_ray.features.extractor
 from fac_ray.config import MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.extractor import FeatureExtractor, SampleFeatures
+from fac_ray.features.chat import TokenizedSample, tokenize
+from fac_ray.features.extractor import FeatureExtractor, SampleFeatures
 
 AUTHORS_CHATS, PADDED_CHATS, PADDED_BATCH = 12, 32, 32
 """Chats of a round; evenly spaced among all, so that their lengths are alike."""
@@ -214,10 +214,10 @@ def stages(work: Work, dtype: torch.dtype) -> dict[str, float]:
     ours = extractor(work, dtype)
     ours.extract(work.samples[:4])
     watch = Stopwatch()
-    watch.time(fac_ray.extractor, "tokenize", "tokenize")
+    watch.time(fac_ray.features.extractor, "tokenize", "tokenize")
     watch.time(ours.backbone, "residual", "backbone: norms, rotations, gates, sums")
     watch.time(ours.sae, "top_k", "Top-K")
-    watch.time(fac_ray.extractor, "sparse_peaks", "pooling")
+    watch.time(fac_ray.features.extractor, "sparse_peaks", "pooling")
     watch.time(functional, "scaled_dot_product_attention", "backbone: attention")
     for owner, product in ((functional, "linear"), (torch, "addmm")):
         watch.time(owner, product, {"Top-K": "SAE product", "backbone": "backbone: matrix products"})

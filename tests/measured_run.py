@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from fac_ray.artifacts import MARKER, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
-from fac_ray.coverage import UNLABELLED, CorpusCoverage, FeatureCounts
-from fac_ray.reduction import save_coverage
+from fac_ray.coverage.counts import UNLABELLED, CorpusCoverage, FeatureCounts
+from fac_ray.coverage.reduction import save_coverage
 from fac_ray.schema import ACTIVATIONS, EXEMPLARS, FEATURES
 
 THRESHOLD = 0.5

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from measured_run import write_run
 
 from fac_ray import pipeline
-from fac_ray.check import check_seed, open_baseline
 from fac_ray.cli import main
-from fac_ray.pages import check_page
-from fac_ray.questions import require_check
+from fac_ray.decisions.check import check_seed, open_baseline
+from fac_ray.decisions.pages import check_page
+from fac_ray.decisions.questions import require_check
 
 TARGET = {0, 1, 2, 3}
 ANCHOR = [TARGET, {5}]

@@ -9,9 +9,9 @@ import pytest
 from measured_run import features_of, write_run
 from scipy.stats import fisher_exact
 
-from fac_ray.comparison import compare_corpora, overlap
-from fac_ray.pages import comparison_page
-from fac_ray.questions import comparison_folder, require_comparison
+from fac_ray.decisions.comparison import compare_corpora, overlap
+from fac_ray.decisions.pages import comparison_page
+from fac_ray.decisions.questions import comparison_folder, require_comparison
 
 RELEVANT = {0, 1, 2, 3}
 CORPORA = {

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_ray.coverage import (
+from fac_ray.coverage.counts import (
     NEGATIVE,
     POSITIVE,
     UNLABELLED,

@@ -11,10 +11,10 @@ import torch
 import transformers
 from tiny_llama import llama_tokenizer, save_authors_sae, save_llama
 
-from fac_ray import extractor as extractor_module
-from fac_ray.chat import TEMPLATE_DATE
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.extractor import FeatureExtractor
+from fac_ray.features import extractor as extractor_module
+from fac_ray.features.chat import TEMPLATE_DATE
+from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.schema import ACTIVATIONS, MESSAGES
 
 D_MODEL, D_SAE, K, HOOK_LAYER = 32, 48, 4, 2

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fac_ray.artifacts import read_table
 from fac_ray.config import CorpusConfig, MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.corpus import ingest_corpus
-from fac_ray.extractor import FeatureExtractor
+from fac_ray.corpus.ingestion import ingest_corpus
+from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.progress import Progress
 from fac_ray.reference import MODEL
 

@@ -13,7 +13,7 @@ from measured_run import write_run
 from fac_ray.artifacts import MARKER, write_json
 from fac_ray.cli import main
 from fac_ray.config import ConfigError, config_from_tree
-from fac_ray.questions import require_check, require_comparison, require_selection
+from fac_ray.decisions.questions import require_check, require_comparison, require_selection
 
 RELEVANT = {0, 1}
 CORPORA = {"anchor": [{0, 1}], "seed": [{0}]}

@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fac_ray.activations import PARQUET
+from fac_ray.activations.measuring import PARQUET
 from fac_ray.artifacts import parquet_files, read_table, write_table
 from fac_ray.config import MeasureConfig
-from fac_ray.progress import Progress
-from fac_ray.reduction import (
+from fac_ray.coverage.reduction import (
     SampleLabels,
     id_numbers,
     load_coverage,
@@ -22,6 +21,7 @@ from fac_ray.reduction import (
     read_activations,
     reduce_coverage,
 )
+from fac_ray.progress import Progress
 from fac_ray.schema import ACTIVATIONS, COVERAGE, EXEMPLARS, SAMPLES, content_id, sample_id
 
 D_SAE = 12

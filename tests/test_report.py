@@ -21,8 +21,8 @@ import pytest
 
 from fac_ray.artifacts import MARKER, Stage, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
-from fac_ray.coverage import UNLABELLED, CorpusCoverage, FeatureCounts
-from fac_ray.reduction import save_coverage
+from fac_ray.coverage.counts import UNLABELLED, CorpusCoverage, FeatureCounts
+from fac_ray.coverage.reduction import save_coverage
 from fac_ray.report import build_report, render_report
 from fac_ray.report.charts import Part, Series, axis_ticks, dot_chart, element, line_chart, stacked_bar
 from fac_ray.report.numbers import plain

@@ -10,10 +10,10 @@ import pytest
 from scipy.sparse import csr_array
 
 from fac_ray.artifacts import write_table
-from fac_ray.resampling import bootstrap_coverage, incidence, permutation_test
-from fac_ray.resampling_reduction import difference_test, read_incidence, resample_coverage
-from fac_ray.richness import Z_95
 from fac_ray.schema import ACTIVATIONS
+from fac_ray.statistics.resampling import bootstrap_coverage, incidence, permutation_test
+from fac_ray.statistics.resampling_reduction import difference_test, read_incidence, resample_coverage
+from fac_ray.statistics.richness import Z_95
 
 SAMPLES = np.array([[1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
 
@@ -159,7 +159,7 @@ def test_large_corpora_are_divided_fewer_times_and_never_fewer_than_the_least(tm
         write_table(tmp_path / name / "part.parquet", activation_rows(rows, [f"{name}{i}" for i in range(20)]))
     # 40 samples with two features each: 80 pairs are read in each division
     for most, expected in ((80 * 10_000, 1000), (80 * 500, 500), (80, 199)):
-        monkeypatch.setattr("fac_ray.resampling_reduction.MAX_DRAWN_PAIRS", most)
+        monkeypatch.setattr("fac_ray.statistics.resampling_reduction.MAX_DRAWN_PAIRS", most)
         found = difference_test(tmp_path / "one", tmp_path / "other", np.ones(6, bool), 0.0, 0)
         assert found is not None
         assert found["num_permutations"] == expected

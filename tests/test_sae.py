@@ -10,7 +10,7 @@ import torch
 from tiny_llama import save_authors_sae
 
 from fac_ray.config import ConfigError, SaeConfig
-from fac_ray.sae import SaeLensAutoencoder, SparseAutoencoder, load_sae, sae_width
+from fac_ray.features.sae import SaeLensAutoencoder, SparseAutoencoder, load_sae, sae_width
 
 # x - b_dec = (3, 1) - (1, 0) = (2, 1)
 # h = (2*1 + 1*0 + 0,  2*0 + 1*2 - 1,  2*-1 + 1*1 + 0.5) = (2, 1, -0.5)
@@ -117,7 +117,7 @@ ARCHITECTURES = {
 def test_every_architecture_of_saelens_is_either_read_or_refused_by_name():
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-    from fac_ray.sae_formats import MATRIX_ARCHITECTURES, NOT_ENCODERS, SAELENS_ARCHITECTURES
+    from fac_ray.features.sae_formats import MATRIX_ARCHITECTURES, NOT_ENCODERS, SAELENS_ARCHITECTURES
 
     assert set(ARCHITECTURES) == {*MATRIX_ARCHITECTURES, *SAELENS_ARCHITECTURES}
     assert {*ARCHITECTURES, *NOT_ENCODERS} == {*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY}

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from fac_ray.artifacts import read_table, write_table
 from fac_ray.config import config_from_tree
-from fac_ray.coverage import UNLABELLED, CorpusCoverage, FeatureCounts
-from fac_ray.greedy import (
+from fac_ray.coverage.counts import UNLABELLED, CorpusCoverage, FeatureCounts
+from fac_ray.coverage.reduction import load_coverage, save_coverage
+from fac_ray.decisions.greedy import (
     CANDIDATES,
     Limit,
     best_cover,
@@ -27,11 +28,10 @@ from fac_ray.greedy import (
     optimum_bound,
     value_of,
 )
-from fac_ray.pool import Pool, feature_weights
+from fac_ray.decisions.pool import Pool, feature_weights
+from fac_ray.decisions.selection import select_samples
 from fac_ray.progress import Progress
-from fac_ray.reduction import load_coverage, save_coverage
 from fac_ray.schema import ACTIVATIONS, FEATURES, SAMPLES, content_id
-from fac_ray.selection import select_samples
 
 D_SAE = 8
 THRESHOLD = 0.5

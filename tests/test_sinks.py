@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import llama_tokenizer, save_authors_sae, save_llama
 
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig, config_from_tree
-from fac_ray.extractor import FeatureExtractor
+from fac_ray.features.extractor import FeatureExtractor
+from fac_ray.features.sinks import sink_tokens
 from fac_ray.schema import MESSAGES
-from fac_ray.sinks import sink_tokens
 
 SINK = " moon"
 TEXT = "the quick brown fox jumps over the lazy dog"
@@ -93,7 +93,7 @@ def test_sinks_are_found_whatever_the_batch_the_windows_and_the_order(paths, mon
     extractor = extractor_of(paths)
     alone = [extractor.extract([sample])[0] for sample in samples]
     together = extractor.extract(samples[::-1])[::-1]
-    monkeypatch.setattr("fac_ray.extractor.STRETCH_NUMBERS", {"cpu": 7 * 48, "cuda": 7 * 48})
+    monkeypatch.setattr("fac_ray.features.extractor.STRETCH_NUMBERS", {"cpu": 7 * 48, "cuda": 7 * 48})
     cut = extractor.extract(samples)
     for expected, *others in zip(alone, together, cut, strict=True):
         for found in others:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from chat_templates import TEMPLATES, chat_tokenizer
 
-from fac_ray.chat import TEMPLATE_DATE, tokenize
 from fac_ray.config import PRESETS, MeasureConfig
-from fac_ray.rendering import render
-from fac_ray.samples import join_contents
+from fac_ray.corpus.samples import join_contents
+from fac_ray.features.chat import TEMPLATE_DATE, tokenize
+from fac_ray.features.rendering import render
 from fac_ray.schema import Message
 
 CORRECTED = MeasureConfig().resolved()

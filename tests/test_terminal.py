@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from fac_ray.markdown import quote, table
-from fac_ray.terminal import terminal_page
+from fac_ray.decisions.markdown import quote, table
+from fac_ray.decisions.terminal import terminal_page
 
 
 def test_headings_and_tables_lose_their_markup_and_keep_their_columns():

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_ray.sae import SparseAutoencoder
-from fac_ray.topk import BLOCK, TopKProduct, _block_maxima, _candidates, _positive_block_maxima, top_k
+from fac_ray.features.sae import SparseAutoencoder
+from fac_ray.features.topk import BLOCK, TopKProduct, _block_maxima, _candidates, _positive_block_maxima, top_k
 
 WIDE = 4096
 """64 blocks: enough for blocks to tell something about up to 16 values."""

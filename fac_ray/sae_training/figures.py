@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fac_ray.backbone import load_backbone
-from fac_ray.chat import Window
 from fac_ray.config import ModelConfig
+from fac_ray.features.backbone import load_backbone
+from fac_ray.features.chat import Window
 from fac_ray.sae_training.stream import batched_by_length, content_tokens, content_windows, learnt_tokens, padded
 from fac_ray.sae_training.texts import Text
 

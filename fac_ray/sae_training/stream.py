@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fac_ray.activations import WAIT_FOR_CAPACITY_S, Pool, plan_pool
-from fac_ray.backbone import Backbone, load_backbone
-from fac_ray.chat import Window, tokenize, windows
+from fac_ray.activations.measuring import WAIT_FOR_CAPACITY_S, Pool, plan_pool
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, RunConfig
+from fac_ray.features.backbone import Backbone, load_backbone
+from fac_ray.features.chat import Window, tokenize, windows
+from fac_ray.features.sinks import sink_tokens
 from fac_ray.sae_training.mixing import Block, Position
 from fac_ray.sae_training.texts import Text, Texts, training_groups
-from fac_ray.sinks import sink_tokens
 
 BATCH_TOKENS = 8192
 """Tokens of one forward pass, padding included, and so at most of one block."""
