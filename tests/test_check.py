@@ -81,7 +81,7 @@ def checked(tmp_path, monkeypatch):
     config = run_of(tmp_path / "run", [{0, 1}])
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")))
-    monkeypatch.setattr("fac_ray.pipeline._gaps", lambda _: None)
+    monkeypatch.setattr("fac_ray.pipeline.gaps_stage", lambda _: None)
     return lambda *arguments: CliRunner().invoke(main, ["check", "--config", str(path), *arguments])
 
 
