@@ -54,11 +54,13 @@ BLOCKS_PER_ACTOR = 8
 
 PARQUET: dict[str, Any] = {
     "compression": "zstd",
-    "use_dictionary": [f"{name}.list.element" for name in ("feature_ids", "peak_start", "peak_end")],
-    "column_encoding": {"activations.list.element": "BYTE_STREAM_SPLIT"},
+    "use_dictionary": False,
+    "column_encoding": {
+        f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("feature_ids", "activations", "peak_start", "peak_end")
+    },
 }
-"""How parts are written: activations seldom recur, so a dictionary of them costs time and room; their bytes apart, the
-exponents together, are a fifth smaller and read in half the time."""
+"""How parts are written. Numbers that seldom recur gain nothing from a dictionary; with their first bytes together,
+then their second ones, and so on, parts are a quarter smaller and are read a third faster."""
 
 SPARE_CPUS = 3
 """CPUs that a pool leaves to the tasks around it: one reads, one drops what is committed, one writes."""
@@ -194,7 +196,11 @@ def _run(parts: list[tuple[Path, int]], output_folder: Path, config: RunConfig) 
     block_samples = math.ceil(num_samples / (pool.num_actors * BLOCKS_PER_ACTOR))
     block_samples = max(MIN_BLOCK_SAMPLES, min(MAX_BLOCK_SAMPLES, block_samples))
     with _checkpointed(output_folder), _config_errors():
-        samples = ray.data.read_parquet([str(path) for path, _ in parts], columns=["sample_id", "text", "messages"])
+        samples = ray.data.read_parquet(
+            [str(path) for path, _ in parts],
+            columns=["sample_id", "text", "messages"],
+            concurrency=pool.num_actors + 1,  # a reader feeds many actors, and each is a process with its memory
+        )
         samples.repartition(target_num_rows_per_block=block_samples).map_batches(
             Extraction,
             fn_constructor_kwargs={
