@@ -127,8 +127,9 @@ def test_each_pair_of_corpora_is_tested_over_its_own_features(tmp_path):
     corpora = {
         "anchor": [{0: 1.0, 1: 1.0}, {2: 1.0}, {4: 1.0}],
         "seed": [{0: 1.0}, {3: 1.0}],
-        "targeted": [{1: 1.0}],
-        "untargeted": [{4: 1.0}],
+        "targeted": [{1: 1.0}, {1: 2.0}],
+        "untargeted": [{4: 1.0}, {4: 2.0}],
+        "single": [{1: 1.0}],
     }
     for name, rows in corpora.items():
         write_table(tmp_path / name / "part.parquet", activation_rows(rows, [f"{name}{i}" for i in range(len(rows))]))
@@ -147,6 +148,8 @@ def test_each_pair_of_corpora_is_tested_over_its_own_features(tmp_path):
     assert first["difference"] == pytest.approx(2 / 4 - 3 / 4)
     assert (second["first"], second["features"], second["num_features"]) == ("targeted", "missing", 1)
     assert second["difference"] == 1
+    untested = {"targeted": tmp_path / "single", "untargeted": tmp_path / "targeted"}
+    assert resample_coverage(untested, relevant, anchor, seed, 0.0, 0) == {"bootstrap": {}, "permutation": []}
     alone = resample_coverage({name: tmp_path / name for name in ("anchor", "seed")}, relevant, anchor, seed, 0.0, 0)
     assert set(alone["bootstrap"]) == {"seed"}
 

@@ -106,10 +106,12 @@ def permutation_test(
     thus tested fairly. Where there are fewer divisions than `num_permutations`, each is taken once and p is exact.
 
     Raises:
-        ValueError: a corpus has no sample, or there is no feature.
+        ValueError: a corpus has fewer than two samples, or there is no feature.
     """
-    if not first.shape[0] or not second.shape[0] or not first.shape[1]:
-        raise ValueError(f"permutation test: needs samples and features, got {first.shape} and {second.shape}")
+    if min(first.shape[0], second.shape[0]) < 2 or not first.shape[1]:
+        raise ValueError(
+            f"permutation test: needs two samples of each and a feature, got {first.shape} and {second.shape}"
+        )
     pooled = csr_array(vstack([first, second]))
     numbers = np.arange(pooled.shape[0])
 

@@ -70,14 +70,14 @@ def difference_test(
 ) -> dict[str, Any] | None:
     """`permutation_test` of two corpora's activations over those of the features that either has, and their number.
 
-    None where neither has one: features that no corpus has say nothing.
+    None where neither has one, as features that no corpus has say nothing, or where one has fewer than two samples.
 
     Raises:
         FileNotFoundError: a folder holds no Parquet file.
     """
     mine, others = (read_incidence([folder], features, threshold) for folder in (first, second))
     reached = np.flatnonzero(np.asarray(mine.sum(axis=0)) + np.asarray(others.sum(axis=0)))
-    if not len(reached):
+    if not len(reached) or min(mine.shape[0], others.shape[0]) < 2:
         return None
     drawable = MAX_DRAWN_PAIRS // (mine.nnz + others.nnz)
     num_permutations = max(MIN_PERMUTATIONS, min(NUM_REPLICATES, drawable))
