@@ -5,14 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fac_ray.samples import join_contents, parse_transcript
-from fac_ray.schema import Message
+from fac_ray.corpus.samples import join_contents, parse_transcript
+from fac_ray.schema import Message, content_id, sample_id
 
 CHATS = Path(__file__).parents[2] / "shared/data/hh-rlhf/harmless-base_test.jsonl.gz"
 
@@ -44,6 +44,7 @@ class Shape(NamedTuple):
 
 
 SHAPE_M = Shape()
+SHAPES = {"m": SHAPE_M, "llama-3.1-8b": Shape(4096, 14_336, 32, 32, 8, 16, 65_536, 20, 128_256)}
 
 
 def read_chats(path: Path, num_chats: int) -> list[list[Message]]:
@@ -96,6 +97,14 @@ def load_whole_model(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
 def as_samples(chats: list[list[Message]]) -> list[tuple[str, list[Message]]]:
     """Chats as the extractor takes them."""
     return [(join_contents(chat), chat) for chat in chats]
+
+
+def sample_row(text: str, messages: list[Message], row: int) -> dict[str, Any]:
+    """The SAMPLES row of a chat, as if it stood in that row of a file."""
+    content = content_id(text, messages)
+    place = {"source_file": "chats.jsonl", "source_row": row}
+    ids = {"sample_id": sample_id("chats.jsonl", row, content), "content_id": content}
+    return {**ids, "text": text, "messages": messages, "label": None, **place}
 
 
 def _tokenizer(chats: list[list[Message]]) -> PreTrainedTokenizerFast:

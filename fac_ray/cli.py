@@ -139,17 +139,19 @@ def compare(corpora: tuple[str, ...], all_features: bool, num_shown: int, **opti
     Example: fac-ray compare anchor seed --config my.yaml
     Example: fac-ray compare seed runs/last-month:seed --config my.yaml
     """
-    if len(set(corpora)) < max(2, len(corpora)):
-        raise click.UsageError(f"two or more different corpora are needed; given: {' '.join(corpora)}")
     with run_of(**options) as config:
         from fac_ray import pipeline
-        from fac_ray.comparison import comparison_folder, comparison_page
+        from fac_ray.decisions.pages import comparison_page
+        from fac_ray.decisions.questions import comparison_folder, require_comparison
+        from fac_ray.decisions.terminal import terminal_page
         from fac_ray.session import ray_session
 
+        require_comparison(config, corpora)
         with ray_session(options["verbose"]):
             facts = pipeline.compare(config, corpora, all_features)
-        click.echo(comparison_page(facts, num_shown))
-        click.echo(f"All of it: {comparison_folder(config, corpora) / 'compare.json'}")
+        click.echo(terminal_page(comparison_page(facts, num_shown)))
+        folder = comparison_folder(config, corpora)
+        click.echo(f"All of it: {folder / 'compare.json'}, {folder / 'compare.md'}")
 
 
 @main.command()
@@ -190,13 +192,16 @@ def select(
     with run_of(**options) as config:
         from fac_ray import pipeline
         from fac_ray.artifacts import read_table
-        from fac_ray.selection import selection_page
+        from fac_ray.decisions.pages import selection_page
+        from fac_ray.decisions.questions import require_selection
+        from fac_ray.decisions.terminal import terminal_page
         from fac_ray.session import ray_session
 
+        require_selection(config, corpus)
         with ray_session(options["verbose"]):
             facts = pipeline.select(config, corpus)
         folder = config.folder / "selection" / corpus
-        click.echo(selection_page(facts, read_table(folder / "selected.parquet"), num_shown))
+        click.echo(terminal_page(selection_page(facts, read_table(folder / "selected.parquet"), num_shown)))
         click.echo(f"The samples: {folder / 'selected.jsonl'}, {folder / 'selected.parquet'}")
 
 
@@ -226,13 +231,16 @@ def check(
     options["overrides"] += tuple(o for key, value in given.items() for o in override(f"check.{key}", value))
     with run_of(**options, failure=UNUSABLE) as config:
         from fac_ray import pipeline
-        from fac_ray.check import check_page
+        from fac_ray.decisions.pages import check_page
+        from fac_ray.decisions.questions import require_check
+        from fac_ray.decisions.terminal import terminal_page
         from fac_ray.session import ray_session
 
+        require_check(config)
         with ray_session(options["verbose"]):
             facts = pipeline.check(config)
         page = check_page(facts, num_shown)
-        click.echo(page)
+        click.echo(terminal_page(page))
         if summary is not None:
             with Path(summary).open("a", encoding="utf-8") as file:
                 file.write(page + "\n")
@@ -250,7 +258,10 @@ def sae() -> None:
 @click.option("--folder", metavar="DIR", help=f"Embedded world: where to write [{DEFAULT_SAE_FOLDER}].")
 @click.option("--verbose", is_flag=True, help="Show Ray's own output, and tracebacks.")
 def sae_train(path: str | None, overrides: tuple[str, ...], folder: str | None, verbose: bool) -> None:
-    """Train the SAE at `sae.path` on the texts of the corpora, and measure it.
+    """Train and measure the SAE at `sae.path`.
+
+    It learns the model's residual stream over the texts of all corpora, by the section `sae_training` of the config.
+    The same command goes on after an interruption; the folder that comes out holds card.md. See docs/sae-training.md.
 
     \b
     Example: fac-ray sae train --config my.yaml --set sae_training.d_sae=16384 --set sae_training.k=32

@@ -8,18 +8,36 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The default of this library: the SAE as trained, content tokens only, long text in windows.
-    "corrected": {"activation": "native", "tokens": "content", "max_tokens": None, "double_bos": False},
+    # The default of this library: the SAE as trained, content tokens only, no attention sinks, long text in windows.
+    "corrected": {
+        "activation": "native",
+        "tokens": "content",
+        "sink_norm_ratio": 10.0,
+        "max_tokens": None,
+        "double_bos": False,
+    },
     # The text of the paper: the SAE as trained, everything after the chat template's first prefix, 512 tokens.
-    "paper": {"activation": "native", "tokens": "after_prefix", "max_tokens": 512, "double_bos": False},
+    "paper": {
+        "activation": "native",
+        "tokens": "after_prefix",
+        "sink_norm_ratio": False,
+        "max_tokens": 512,
+        "double_bos": False,
+    },
     # The released scripts: ReLU of all pre-activations, 31 leading ids dropped, a doubled BOS, 512 tokens.
-    "authors-code": {"activation": "dense", "tokens": {"skip": 31}, "max_tokens": 512, "double_bos": True},
+    "authors-code": {
+        "activation": "dense",
+        "tokens": {"skip": 31},
+        "sink_norm_ratio": False,
+        "max_tokens": 512,
+        "double_bos": True,
+    },
 }
 
 
@@ -66,6 +84,9 @@ class MeasureConfig(Section):
     """`native`: what the SAE outputs. `dense`: ReLU of all pre-activations."""
     tokens: Literal["content", "after_prefix", "all"] | TokenSkip | None = None
     """Which tokens are pooled: those of message contents, all after the first prefix, all, or all but the first few."""
+    sink_norm_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | Literal[False] | None = None
+    """Pooled tokens whose residual stream is more than so many times as long as the median of the pooled tokens of
+    their window are attention sinks, and are not pooled. False: all are pooled."""
     max_tokens: int | None = Field(default=None, ge=8)
     """With a value from the preset or here, texts are cut at this many tokens (`truncated` says so). None: windows."""
     double_bos: bool | None = None

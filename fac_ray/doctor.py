@@ -176,9 +176,9 @@ def start_vllm() -> None:
     """Start the engine that synthesis uses, on the embedded model, and let it write a few tokens."""
     from tempfile import TemporaryDirectory
 
-    from fac_ray.generation import ENGINE_ENV, GenerationRequest, Generator
     from fac_ray.reference import default_config
     from fac_ray.schema import Message
+    from fac_ray.synthesis.generation import ENGINE_ENV, GenerationRequest, Generator
 
     os.environ.update(ENGINE_ENV)
     with TemporaryDirectory() as folder:

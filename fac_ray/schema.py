@@ -43,6 +43,7 @@ ACTIVATIONS = pa.schema(
         ("peak_start", pa.list_(pa.int32())),  # characters of the peak token in `text`
         ("peak_end", pa.list_(pa.int32())),
         ("num_tokens", pa.int32()),  # pooled tokens
+        ("num_sinks", pa.int32()),  # attention sinks, which are not pooled
         ("truncated", pa.bool_()),
         ("error", pa.string()),  # null unless the sample could not be measured; then the lists are empty
     ]

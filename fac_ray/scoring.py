@@ -17,12 +17,12 @@ from jaxtyping import Bool, Int
 
 from fac_ray.artifacts import MARKER, read_table
 from fac_ray.config import ConfigError, RunConfig, config_from_tree
-from fac_ray.coverage import is_active, missing_coverage_fraction
-from fac_ray.gaps import relevant_mask, target_features
-from fac_ray.reduction import load_coverage
+from fac_ray.coverage.counts import is_active, missing_coverage_fraction
+from fac_ray.coverage.gaps import relevant_mask, target_features
+from fac_ray.coverage.reduction import load_coverage
 
 if TYPE_CHECKING:
-    from fac_ray.extractor import SampleFeatures
+    from fac_ray.features.extractor import SampleFeatures
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from serve.gate import Gate
 from serve.requests import Sample, ScoreRequest, TooLarge
 
 if TYPE_CHECKING:
-    from fac_ray.extractor import SampleFeatures
+    from fac_ray.features.extractor import SampleFeatures
 
 BATCH_SAMPLES = 64
 """Samples that are measured together, of as many requests as it takes."""
@@ -60,7 +60,7 @@ class Scorer:
     """Holds the model and the sets of the finished run. Scale this one, and give it the GPU."""
 
     def __init__(self, run_folder: str) -> None:
-        from fac_ray.extractor import FeatureExtractor  # the ingress needs no torch
+        from fac_ray.features.extractor import FeatureExtractor  # the ingress needs no torch
 
         self._run = load_finished_run(run_folder)
         config = self._run.config

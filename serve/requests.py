@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fac_ray.samples import join_contents
+from fac_ray.corpus.samples import join_contents
 from fac_ray.schema import Message
 
 Sample = tuple[str, Sequence[Message] | None]

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from fac_ray.artifacts import MARKER, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
-from fac_ray.coverage import UNLABELLED, CorpusCoverage, FeatureCounts
-from fac_ray.reduction import save_coverage
+from fac_ray.coverage.counts import UNLABELLED, CorpusCoverage, FeatureCounts
+from fac_ray.coverage.reduction import save_coverage
 from fac_ray.schema import ACTIVATIONS, EXEMPLARS, FEATURES
 
 THRESHOLD = 0.5
@@ -39,7 +39,7 @@ def write_run(
     write_json(folder / "config.json", config.model_dump(mode="json"))
     write_json(folder / "manifest.json", {"model": {"digest": "1" * 32}, "sae": {"digest": "2" * 32}})
     for name, samples in corpora.items():
-        write_coverage(folder / "coverage" / name, name, samples, d_sae)
+        write_measured(folder, name, samples, d_sae)
     write_table(folder / "relevance" / "features.parquet", features_of(relevant, d_sae))
     return config
 
@@ -50,8 +50,8 @@ def features_of(relevant: set[int], d_sae: int) -> pa.Table:
     return pa.Table.from_pylist(rows, FEATURES)
 
 
-def write_coverage(folder: Path, name: str, samples: Sequence[set[int]], d_sae: int) -> None:
-    """Write a finished coverage; every sample has ten pooled tokens."""
+def write_measured(folder: Path, name: str, samples: Sequence[set[int]], d_sae: int) -> None:
+    """Write a corpus's activations and its finished coverage; every sample has ten pooled tokens."""
     rows = [
         {
             "sample_id": str(n),
@@ -62,13 +62,14 @@ def write_coverage(folder: Path, name: str, samples: Sequence[set[int]], d_sae: 
         for n, ids in enumerate(samples)
     ]
     table = pa.Table.from_pylist(rows, ACTIVATIONS)
-    labels = np.full(len(table), UNLABELLED)
-    counts = FeatureCounts.from_rows(table, labels, (THRESHOLD,), THRESHOLD, d_sae)
-    save_coverage(folder, CorpusCoverage.from_counts(counts))
+    write_table(folder / "activations" / name / "part.parquet", table)
+    coverage = folder / "coverage" / name
+    counts = FeatureCounts.from_rows(table, np.full(len(table), UNLABELLED), (THRESHOLD,), THRESHOLD, d_sae)
+    save_coverage(coverage, CorpusCoverage.from_counts(counts))
     spans = [
         {"feature_id": i, "rank": rank, "sample_id": "0", "activation": activation, "span": span}
         for i in sorted(set().union(*samples, set()))
         for rank, (activation, span) in enumerate([(1.0 + i, f"{name} shows {i}"), (THRESHOLD, "not active here")])
     ]
-    write_table(folder / "exemplars.parquet", pa.Table.from_pylist(spans, EXEMPLARS))
-    write_json(folder / MARKER, {"fingerprint": name, "needs": {}, "facts": {}})
+    write_table(coverage / "exemplars.parquet", pa.Table.from_pylist(spans, EXEMPLARS))
+    write_json(coverage / MARKER, {"fingerprint": name, "needs": {}, "facts": {}})

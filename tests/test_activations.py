@@ -16,11 +16,11 @@ import pytest
 from processes import wait_for_session
 from tiny_llama import save_authors_sae, save_llama
 
-from fac_ray import activations as stage
-from fac_ray.activations import Pool, extract_activations, plan_pool
+from fac_ray.activations.measuring import Pool, extract_activations, plan_pool
+from fac_ray.activations.measuring import measuring as stage
+from fac_ray.activations.parts import PENDING, committed_ids, committed_totals
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
 from fac_ray.config import ConfigError, RunConfig, config_from_tree
-from fac_ray.parts import PENDING, committed_ids, committed_totals
 from fac_ray.progress import Progress
 from fac_ray.schema import ACTIVATIONS, SAMPLES, content_id, sample_id
 
@@ -90,7 +90,7 @@ def assert_same_rows(found: pa.Table, expected: pa.Table) -> None:
 
 
 def test_every_sample_has_one_row_as_the_extractor_measures_it(corpus, measured):
-    from fac_ray.extractor import FeatureExtractor
+    from fac_ray.features.extractor import FeatureExtractor
 
     config, root = corpus
     facts, folder, progress = measured
@@ -123,7 +123,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 import ray
-from fac_ray.activations import extract_activations
+from fac_ray.activations.measuring import extract_activations
 from fac_ray.config import load_config
 from fac_ray.progress import Progress
 

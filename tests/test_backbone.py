@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_llama import llama_tokenizer, save_llama
 
-from fac_ray.backbone import load_backbone
 from fac_ray.config import ConfigError, ModelConfig
+from fac_ray.features.backbone import load_backbone
 
 SIZES = {
     "hidden_size": 32,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_llama import BOS, llama_tokenizer
 
-from fac_ray.chat import TEMPLATE_DATE, TokenizedSample, render, tokenize, windows
 from fac_ray.config import MeasureConfig
+from fac_ray.features.chat import TEMPLATE_DATE, TokenizedSample, render, tokenize, windows
 
 PLAIN = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 NO_GAP = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'].strip() }}{% endfor %}"

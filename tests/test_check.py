@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from measured_run import write_run
 
 from fac_ray import pipeline
-from fac_ray.check import check_page, check_seed, open_baseline, require_rules
 from fac_ray.cli import main
-from fac_ray.config import CheckConfig, ConfigError
+from fac_ray.decisions.check import check_seed, open_baseline
+from fac_ray.decisions.pages import check_page
+from fac_ray.decisions.questions import require_check
 
 TARGET = {0, 1, 2, 3}
 ANCHOR = [TARGET, {5}]
@@ -30,6 +31,7 @@ def verdict(tmp_path, seed, baseline=None, **rules):
         run_of(tmp_path / "main", baseline)
         rules["baseline"] = str(tmp_path / "main")
     config = run_of(tmp_path / "change", seed, **rules)
+    require_check(config)
     return check_seed(config, open_baseline(config))
 
 
@@ -73,34 +75,13 @@ def test_the_page_says_pass_or_fail_for_each_rule_and_shows_what_was_lost(tmp_pa
     assert json.loads((tmp_path / "change" / "check" / "check.json").read_text()) == facts
 
 
-def test_a_baseline_that_cannot_be_compared_is_refused(tmp_path):
-    config = run_of(tmp_path / "change", [{0}], baseline=str(tmp_path / "change"))
-    with pytest.raises(ConfigError, match="this run itself"):
-        open_baseline(config)
-    write_run(tmp_path / "main", {"anchor": ANCHOR}, TARGET)
-    config = run_of(tmp_path / "change", [{0}], baseline=str(tmp_path / "main"))
-    with pytest.raises(ConfigError, match="its seed is not measured"):
-        open_baseline(config)
-    measure = {"threshold": 0.7, "thresholds": [0.5]}
-    write_run(tmp_path / "main", {"anchor": ANCHOR, "seed": [{0}]}, TARGET, measure=measure)
-    with pytest.raises(ConfigError, match=r"measure\.threshold: 0\.5 here, 0\.7 there"):
-        open_baseline(config)
-
-
-def test_a_check_that_could_not_fail_is_refused():
-    with pytest.raises(ConfigError, match="--min-fac X, --baseline RUN"):
-        require_rules(CheckConfig())
-    require_rules(CheckConfig(min_fac=0))
-    require_rules(CheckConfig(baseline="runs/main"))
-
-
 @pytest.fixture
 def checked(tmp_path, monkeypatch):
     """Runs the command on a measured run, with the stages before the check taken as done."""
     config = run_of(tmp_path / "run", [{0, 1}])
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")))
-    monkeypatch.setattr("fac_ray.pipeline._gaps", lambda _: None)
+    monkeypatch.setattr("fac_ray.pipeline.gaps_stage", lambda _: None)
     return lambda *arguments: CliRunner().invoke(main, ["check", "--config", str(path), *arguments])
 
 

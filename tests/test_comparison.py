@@ -9,9 +9,9 @@ import pytest
 from measured_run import features_of, write_run
 from scipy.stats import fisher_exact
 
-from fac_ray.artifacts import MARKER
-from fac_ray.comparison import compare_corpora, comparison_folder, comparison_page, overlap
-from fac_ray.config import ConfigError
+from fac_ray.decisions.comparison import compare_corpora, overlap
+from fac_ray.decisions.pages import comparison_page
+from fac_ray.decisions.questions import comparison_folder, require_comparison
 
 RELEVANT = {0, 1, 2, 3}
 CORPORA = {
@@ -21,12 +21,16 @@ CORPORA = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
 @pytest.fixture
 def config(tmp_path):
     return write_run(tmp_path / "run", CORPORA, RELEVANT)
 
 
 def compare(config, *names):
+    require_comparison(config, names)
     return compare_corpora(config, names, features_of(RELEVANT, 6))
 
 
@@ -96,30 +100,23 @@ def test_a_corpus_of_another_run_is_compared_if_it_was_measured_in_the_same_way(
     assert [row["feature_id"] for row in facts["only"][theirs]] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ({"measure": {"threshold": 0.7, "thresholds": [0.5]}}, r"measure\.threshold: 0\.5 here, 0\.7 there"),
-        ({"measure": {"threshold": 0.5, "preset": "paper"}}, r"measure\.max_tokens: null here, 512 there"),
-        ({"model": {"path": "m", "hook_layer": 2}}, r"model\.hook_layer: 1 here, 2 there"),
-    ],
-)
-def test_a_corpus_that_was_measured_in_another_way_is_refused(config, tmp_path, section, said):
-    write_run(tmp_path / "other", {"seed": [{1}]}, RELEVANT, **section)
-    with pytest.raises(ConfigError, match=said):
-        compare(config, "seed", f"{tmp_path / 'other'}:seed")
+def test_a_corpus_without_a_measured_sample_is_refused(tmp_path):
+    config = write_run(tmp_path / "run", {**CORPORA, "empty": []}, RELEVANT)
+    with pytest.raises(ValueError, match="empty: no sample of this corpus could be measured"):
+        compare(config, "anchor", "empty")
 
 
-def test_a_corpus_that_is_not_there_is_refused_with_those_that_are(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"sed: .*'anchor', 'extra', 'seed'"):
-        compare(config, "anchor", "sed")
-    with pytest.raises(ConfigError, match="no run here"):
-        compare(config, "anchor", f"{tmp_path / 'nowhere'}:seed")
-    with pytest.raises(ConfigError, match="two or more different"):
-        compare(config, "seed", "seed")
-
-
-def test_a_corpus_whose_measurement_was_interrupted_is_not_compared(config):
-    (config.folder / "coverage" / "extra" / MARKER).unlink()
-    with pytest.raises(ConfigError, match="extra: no corpus of that name is measured"):
-        compare(config, "anchor", "extra")
+def test_the_difference_of_each_pair_is_tested_on_the_features_that_either_has(config):
+    facts = compare(config, "anchor", "seed", "extra")
+    assert [(one["first"], one["second"]) for one in facts["differences"]] == [
+        ("anchor", "seed"),
+        ("anchor", "extra"),
+        ("seed", "extra"),
+    ]
+    # Seed and extra have 0, 1 and 3 of the counted: 1/3 less 3/3. Their samples {0} {0} and {0,3} {3} {1} can be dealt
+    # out as 2 and 3 in ten ways; a difference of -2/3 or less comes with {0} {0} alone, one of ten
+    test = facts["differences"][2]
+    assert (test["num_features"], test["num_permutations"]) == (3, 10)
+    assert test["difference"] == pytest.approx(-2 / 3)
+    assert test["p_value"] == pytest.approx(2 / 10)
+    assert "| seed - extra " in comparison_page(facts, 5)

@@ -18,10 +18,10 @@ from test_configs import CONFIGS
 from tiny_llama import llama_tokenizer, save_authors_sae
 from tokenizers import processors
 
-from fac_ray.chat import TEMPLATE_DATE
 from fac_ray.config import ModelConfig, SaeConfig, load_config
-from fac_ray.extractor import FeatureExtractor
-from fac_ray.sae_origin import hook_layer_of, origin_of
+from fac_ray.features.chat import TEMPLATE_DATE
+from fac_ray.features.extractor import FeatureExtractor
+from fac_ray.features.sae_origin import hook_layer_of, origin_of
 
 CHAT = [
     {"role": "user", "content": "how long should the dough rest?"},

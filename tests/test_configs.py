@@ -55,7 +55,7 @@ def test_every_preset_fits_every_shipped_config(path, preset):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_public_data_that_a_config_names_has_the_columns_it_names(tmp_path):
-    from fac_ray.corpus import ingest_corpus
+    from fac_ray.corpus.ingestion import ingest_corpus
     from fac_ray.progress import Progress
 
     config = load_config(ROOT / "jobs" / "configs" / "hh-rlhf-stories260k.yaml")

@@ -13,12 +13,12 @@ import pytest
 
 from fac_ray.artifacts import parquet_files, read_table
 from fac_ray.config import CorpusConfig
-from fac_ray.corpus import ingest_corpus, plan_shards
+from fac_ray.corpus.ingestion import ingest_corpus, plan_shards
+from fac_ray.corpus.rows import BadRow
+from fac_ray.corpus.samples import parse_transcript, read_sample
+from fac_ray.corpus.sources import Source
 from fac_ray.progress import Progress
-from fac_ray.rows import BadRow
-from fac_ray.samples import parse_transcript, read_sample
 from fac_ray.schema import REJECTED, SAMPLES, Message, content_id
-from fac_ray.sources import Source
 
 HH_RLHF = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base_test.jsonl.gz"
 PLAIN = CorpusConfig(path="x", label="label")
@@ -159,7 +159,7 @@ def _hostile_line(random_, number):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_corpus_read_again_gives_the_same_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("fac_ray.corpus.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("fac_ray.corpus.ingestion.SHARD_BYTES", 20_000)
     rows = [{"text": f"text {i % 3000}"} if i % 50 else {"no": i} for i in range(5000)]
     write_lines(tmp_path / "big.jsonl", rows)  # about 100 kB: several pieces, so rows must be counted first
     write_lines(tmp_path / "small.jsonl", [{"text": "last"}])

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_ray.coverage import (
+from fac_ray.coverage.counts import (
     NEGATIVE,
     POSITIVE,
     UNLABELLED,
     CorpusCoverage,
     CountsFold,
+    FeatureCounter,
     FeatureCounts,
     coverage_fraction,
     is_active,
@@ -95,6 +96,37 @@ def test_counts_equal_loops_over_dense_rows(rows):
     assert counts.max_activation.tolist() == [max([a[i] for a, _ in measured], default=0) for i in range(D_SAE)]
     assert counts.positive.tolist() == [sum(a[i] > 0.5 and y == POSITIVE for a, y in measured) for i in range(D_SAE)]
     assert counts.num_rows + counts.num_errors == len(rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows, st.integers(1, 4))
+def test_counting_a_few_rows_at_a_time_equals_counting_them_all(rows, num_at_once):
+    counter = FeatureCounter(GRID, 0.5, D_SAE)
+    for first in range(0, len(rows), num_at_once):
+        some = rows[first : first + num_at_once]
+        counter.count(table_of(some), np.array([label for _, label, _ in some], np.int8))
+    assert same(counter.result(), counts_of(rows))
+
+
+def test_a_result_stays_as_it_is_when_more_rows_are_counted():
+    counter = FeatureCounter(GRID, 0.5, D_SAE)
+    counter.count(table_of(ROWS[:2]), np.array([POSITIVE, NEGATIVE], np.int8))
+    result = counter.result()
+    before = result.to_bytes()
+    counter.count(table_of(ROWS[2:4]), np.array([POSITIVE, UNLABELLED], np.int8))
+    assert result.to_bytes() == before
+
+
+def test_thousands_of_pairs_equal_a_dense_matrix():
+    random = np.random.default_rng(1)
+    dense = np.where(random.random((300, 400)) < 0.2, random.gamma(2, 0.7, (300, 400)), 0).astype(np.float32)
+    labels = random.integers(-1, 2, 300).astype(np.int8)
+    rows = [({int(i): float(row[i]) for i in np.flatnonzero(row)}, None, None) for row in dense]
+    counts = FeatureCounts.from_rows(table_of(rows), labels, GRID, 0.5, 400)
+    assert np.array_equal(counts.num_samples, [(dense > t).sum(axis=0) for t in GRID])
+    assert np.array_equal(counts.max_activation, dense.max(axis=0))
+    assert np.array_equal(counts.labelled, (dense[labels != UNLABELLED] > 0.5).sum(axis=0))
+    assert np.array_equal(counts.positive, (dense[labels == POSITIVE] > 0.5).sum(axis=0))
 
 
 @settings(max_examples=40, deadline=None)

@@ -20,7 +20,9 @@ from scipy.sparse import csr_array
 
 from fac_ray.artifacts import write_table
 from fac_ray.config import DiversityConfig
-from fac_ray.diversity import (
+from fac_ray.progress import Progress
+from fac_ray.schema import ACTIVATIONS, SAMPLES
+from fac_ray.statistics.diversity import (
     VectorSums,
     cluster_entropy,
     mean_cosine_distance,
@@ -30,10 +32,8 @@ from fac_ray.diversity import (
     unit_vectors,
     vendi_score,
 )
-from fac_ray.diversity_reduction import reduce_diversity
-from fac_ray.ngrams import NgramTotals, count_ngrams, merge_ngrams, words_of
-from fac_ray.progress import Progress
-from fac_ray.schema import ACTIVATIONS, SAMPLES
+from fac_ray.statistics.diversity_reduction import reduce_diversity
+from fac_ray.statistics.ngrams import NgramTotals, count_ngrams, merge_ngrams, words_of
 
 TEXTS = st.lists(st.lists(st.sampled_from("abcd"), max_size=8), max_size=6)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fac_ray.exemplars import TopExemplars, span_of
+from fac_ray.coverage.counts import exemplars
+from fac_ray.coverage.exemplars import ExemplarsFold, TopExemplars, span_of
 from fac_ray.schema import ACTIVATIONS
 
 D_SAE = 4
@@ -63,6 +65,36 @@ def test_the_top_equals_a_sorted_list_for_every_order_and_partition(rows, random
     assert listed(top_of(rows)) == expected
     assert listed(parts[0].merge(parts[1])) == expected
     assert listed(TopExemplars.merge_all(parts[::-1])) == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows, st.integers(1, 4), st.integers(0, 9))
+def test_folding_rows_a_few_at_a_time_equals_a_sorted_list(rows, num_at_once, min_waiting):
+    fold = ExemplarsFold(2, D_SAE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exemplars, "MIN_WAITING", min_waiting)  # merges come early, late or not before the end
+        for first in range(0, len(rows), num_at_once):
+            fold.fold(table_of(rows[first : first + num_at_once]))
+    assert listed(fold.result()) == brute_force(rows)
+
+
+def test_many_pairs_of_a_wide_dictionary_equal_a_sorted_list():
+    # ids above 2^16 and keys above 2^32 take three passes of 16 bits
+    random = np.random.default_rng(0)
+    ids, d_sae = np.sort(random.choice(200_000, 50, replace=False)), 200_000
+    rows = [
+        (f"{sample:02x}" * 16, {int(i): float(a) for i, a in zip(ids, random.choice([0.5, 1, 2, 3], 50), strict=True)})
+        for sample in random.permutation(60)
+    ]
+    fold = ExemplarsFold(3, d_sae)
+    for first in range(0, 60, 7):
+        fold.fold(table_of(rows[first : first + 7]))
+    expected = [
+        (int(feature), -minus, sample)
+        for feature in ids
+        for minus, sample in sorted((-features[feature], sample) for sample, features in rows)[:3]
+    ]
+    assert listed(fold.result()) == expected
 
 
 def test_equal_activations_go_to_the_smaller_sample_id():

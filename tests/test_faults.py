@@ -25,12 +25,12 @@ from processes import end_session, wait_for_session
 from test_pipeline import numbers, text_of
 from tiny_llama import save_authors_sae, save_llama
 
-from fac_ray import activations as stage
-from fac_ray import pipeline, quarantine
-from fac_ray.activations import Extraction, extract_activations
+from fac_ray import pipeline
+from fac_ray.activations.measuring import Extraction, extract_activations, quarantine
+from fac_ray.activations.measuring import measuring as stage
+from fac_ray.activations.parts import committed_totals
 from fac_ray.artifacts import parquet_files, read_table, storing, write_table
 from fac_ray.config import RunConfig, config_from_tree
-from fac_ray.parts import committed_totals
 from fac_ray.progress import Progress
 from fac_ray.schema import SAMPLES, content_id, sample_id
 
@@ -214,9 +214,9 @@ import sys, threading, time
 from pathlib import Path
 import ray, ray._common.utils, ray._private.utils
 from ray.cluster_utils import Cluster
-from fac_ray import activations
+from fac_ray.activations.measuring import measuring as activations
 from fac_ray.config import load_config
-from fac_ray.parts import committed_ids
+from fac_ray.activations.parts import committed_ids
 from fac_ray.progress import Progress
 
 samples, folder, config, temporary = map(Path, sys.argv[1:])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_ray.coverage import CorpusCoverage, coverage_fraction
-from fac_ray.gaps import covered_features, find_gaps, relevant_mask, target_features
+from fac_ray.coverage.counts import CorpusCoverage, coverage_fraction
+from fac_ray.coverage.gaps import covered_features, find_gaps, relevant_mask, target_features
 from fac_ray.schema import FEATURES, GAPS
 
 

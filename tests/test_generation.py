@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fac_ray.config import ModelConfig, SynthesisConfig
-from fac_ray.generation import ENGINE_ENV, GenerationRequest, Generator
 from fac_ray.schema import Message
+from fac_ray.synthesis.generation import ENGINE_ENV, GenerationRequest, Generator
 
 CONTEXT_TOKENS = 128
 

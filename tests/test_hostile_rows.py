@@ -16,16 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from tiny_llama import save_authors_sae
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fac_ray.artifacts import read_table
 from fac_ray.config import CorpusConfig, MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.corpus import ingest_corpus
-from fac_ray.extractor import FeatureExtractor
+from fac_ray.corpus.ingestion import ingest_corpus
+from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.progress import Progress
-from fac_ray.reference import MODEL, SAE
+from fac_ray.reference import MODEL
 
 SEED = 20
-HUGE_CHARACTERS = 3_000_000
+HUGE_CHARACTERS = 1_000_000
 
 WORDS = ["refund", "tell me", "caf\u00e9", "\u4f60\u597d", "\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627"]
 MARKS = ["\u0301", "\u0327", "\u200b", "\u200d", "\u2060", "\ufeff", "\u202e", "\u2066", "\u2028", "\x85", "\xa0"]
@@ -101,7 +103,7 @@ def hostile_json(dice) -> tuple[bytes, str | None]:
     kinds = [
         lambda: (json_line(dice, good), text),
         lambda: (json_line(dice, good), text),
-        lambda: (json_line(dice, good | {"label": "x"}).replace(b'"x"', b"[" * 200 + b"]" * 200), text),
+        lambda: (json_line(dice, good | {"label": "a label"}).replace(b'"a label"', b"[" * 200 + b"]" * 200), text),
         lambda: (b" \t" + json_line(dice, good | {"more": [[good]]}) + b" \r", text),
         lambda: (json_line(dice, good | {"text": wrong}), None),
         lambda: (json.dumps({"txt": text, "\ud800": 1}).encode(), None),
@@ -310,10 +312,22 @@ def rows_of(table, made):
     return table.filter(pc.equal(table["source_file"], str(made.path))).to_pylist()
 
 
-def require_one_row_each(samples, **switches):
+@pytest.fixture
+def instrument(tmp_path):
+    """The embedded world's tokenizer, whose control tokens the rows spell, with a random model of one narrow block."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    settings = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes)
+    LlamaForCausalLM(settings).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", save_authors_sae(tmp_path / "sae.pth", d_model=32)
+
+
+def require_one_row_each(samples, instrument, **switches):
     """Measure the samples in this process; returns how many of them have an error."""
+    model, sae = instrument
     extractor = FeatureExtractor(
-        ModelConfig(path=str(MODEL), hook_layer=4), SaeConfig(path=str(SAE)), MeasureConfig(**switches), device="cpu"
+        ModelConfig(path=str(model), hook_layer=1), SaeConfig(path=str(sae)), MeasureConfig(**switches), device="cpu"
     )
     rows = extractor.extract_table(samples)
     assert rows["sample_id"].to_pylist() == samples["sample_id"].to_pylist()
@@ -324,7 +338,7 @@ def require_one_row_each(samples, **switches):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_no_hostile_row_is_lost_or_merged_and_every_sample_is_measured_once(tmp_path):
+def test_no_hostile_row_is_lost_or_merged_and_every_sample_is_measured_once(tmp_path, instrument):
     dice = random.Random(SEED)
     (tmp_path / "texts").mkdir()
     (tmp_path / "chats").mkdir()
@@ -333,6 +347,6 @@ def test_no_hostile_row_is_lost_or_merged_and_every_sample_is_measured_once(tmp_
     assert num_text_rows + num_chat_rows >= 10_000
     huge = pc.greater(pc.utf8_length(texts["text"]), 100_000)
     assert pc.sum(huge).as_py() == 2
-    assert require_one_row_each(texts.filter(pc.invert(huge))) == 0
-    assert require_one_row_each(texts.filter(huge), max_tokens=512) == 0
-    assert require_one_row_each(chats) < len(chats)
+    assert require_one_row_each(texts.filter(pc.invert(huge)), instrument) == 0
+    assert require_one_row_each(texts.filter(huge), instrument, max_tokens=512) == 0
+    assert require_one_row_each(chats, instrument) < len(chats)

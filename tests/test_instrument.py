@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fac_ray.config import ConfigError, config_from_tree
-from fac_ray.instrument import SAMPLED_BYTES, digest_of, instrument_of, require_same
+from fac_ray.decisions.instrument import SAMPLED_BYTES, digest_of, instrument_of, require_same
 
 TREE = {
     "name": "one",

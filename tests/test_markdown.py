@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fac_ray.markdown import MAX_QUOTE, count, fraction, quote, table
+from fac_ray.decisions.markdown import MAX_QUOTE, count, fraction, quote, table
 
 
 def test_a_quote_is_one_code_span_whatever_the_text_holds():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_ray.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
+from fac_ray.features.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
 
 # Two runs of three features: tokens 0 and 1, and token 2.
 #   run 0: feature 0 has 2 at token 1, feature 1 has 3 at token 0 (and again at 1: the first counts), feature 2 nothing

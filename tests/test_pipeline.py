@@ -17,7 +17,8 @@ import pyarrow as pa
 import pytest
 from tiny_llama import save_authors_sae, save_llama
 
-from fac_ray import activations, pipeline
+from fac_ray import pipeline
+from fac_ray.activations.measuring import measuring as activations
 from fac_ray.artifacts import MARKER
 from fac_ray.config import ConfigError, config_from_tree
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fac_ray.config import ConfigError
-from fac_ray.prompts import contrast_prompt, targeted_prompt, untargeted_prompt
+from fac_ray.synthesis.prompts import contrast_prompt, targeted_prompt, untargeted_prompt
 from fac_ray.tasks import TaskCard, built_in_tasks, load_task
 
 CARD = TaskCard(

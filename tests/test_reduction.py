@@ -7,12 +7,21 @@ import random
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from fac_ray.activations.measuring import PARQUET
 from fac_ray.artifacts import parquet_files, read_table, write_table
 from fac_ray.config import MeasureConfig
+from fac_ray.coverage.reduction import (
+    SampleLabels,
+    id_numbers,
+    load_coverage,
+    load_exemplars,
+    read_activations,
+    reduce_coverage,
+)
 from fac_ray.progress import Progress
-from fac_ray.reduction import SampleLabels, id_numbers, load_coverage, load_exemplars, reduce_coverage
 from fac_ray.schema import ACTIVATIONS, COVERAGE, EXEMPLARS, SAMPLES, content_id, sample_id
 
 D_SAE = 12
@@ -149,6 +158,19 @@ def test_rows_that_are_not_one_for_each_sample_are_refused(tmp_path, corpus, spo
     samples, rows = corpus
     with pytest.raises(ValueError, match="do not stand for the 60 samples"):
         reduce(tmp_path, samples, spoil(rows), 3)
+
+
+@pytest.mark.parametrize("settings", [{}, PARQUET])
+def test_parts_are_read_a_row_group_at_a_time_however_they_are_written(tmp_path, corpus, settings):
+    table = pa.Table.from_pylist(corpus[1], ACTIVATIONS)
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    pq.write_table(table.slice(0, 50), paths[0], row_group_size=20, **settings)
+    pq.write_table(table.slice(50), paths[1], **settings)
+    read = list(read_activations(paths))
+    assert [len(rows) for rows in read] == [20, 20, 10, 10]
+    assert pa.concat_tables(read).equals(table)
+    some = pa.concat_tables(read_activations(paths, ["error", "feature_ids"]))
+    assert some.equals(table.select(["error", "feature_ids"]))
 
 
 def test_labels_are_found_by_id_and_absent_ids_are_unlabelled():

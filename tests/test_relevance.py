@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fac_ray.config import ConfigError, RelevanceConfig
-from fac_ray.coverage import CorpusCoverage
-from fac_ray.relevance import fisher_p_values, log2_odds_ratio, relevance_from_coverage, relevant_features
+from fac_ray.coverage.counts import CorpusCoverage
+from fac_ray.coverage.relevance import fisher_p_values, log2_odds_ratio, relevance_from_coverage, relevant_features
 from fac_ray.schema import FEATURES
 
 LOOSE = RelevanceConfig(max_q_value=1.0, min_effect=-99, min_samples=1)

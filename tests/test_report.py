@@ -21,12 +21,12 @@ import pytest
 
 from fac_ray.artifacts import MARKER, Stage, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
-from fac_ray.coverage import UNLABELLED, CorpusCoverage, FeatureCounts
-from fac_ray.reduction import save_coverage
+from fac_ray.coverage.counts import UNLABELLED, CorpusCoverage, FeatureCounts
+from fac_ray.coverage.reduction import save_coverage
 from fac_ray.report import build_report, render_report
 from fac_ray.report.charts import Part, Series, axis_ticks, dot_chart, element, line_chart, stacked_bar
 from fac_ray.report.numbers import plain
-from fac_ray.report.page import MEASURES, diversity_rows, drawn_samples, tone_of
+from fac_ray.report.page import MEASURES, diversity_rows, drawn_samples, rarefaction_chart, tone_of
 from fac_ray.report.words import clip, duration, marked, percent
 from fac_ray.schema import ACTIVATIONS, CANDIDATES, FEATURES, GAPS, SAMPLES, SYNTHETIC, content_id
 
@@ -80,6 +80,7 @@ def write_corpus(folder: Path, name: str) -> None:
             "peak_start": [[7] * len(row) for row in rows],
             "peak_end": [[11] * len(row) for row in rows],
             "num_tokens": [10] * len(ids),
+            "num_sinks": [0] * len(ids),
             "truncated": [False] * len(ids),
             "error": [None] * len(ids),
         },
@@ -90,7 +91,7 @@ def write_corpus(folder: Path, name: str) -> None:
     table = {"part": pa.table(samples, schema=SAMPLES)}
     facts = {"num_rows": len(ids) + 1, "num_samples": len(ids), "num_rejected": 1, "num_duplicates": 0}
     finish(folder / "samples" / name, table, **facts)
-    finish(folder / "activations" / name, {"part": activations}, num_errors=0, num_truncated=0)
+    finish(folder / "activations" / name, {"part": activations}, num_sinks=2, num_errors=0, num_truncated=0)
     finish(folder / "coverage" / name)
     save_coverage(folder / "coverage" / name, CorpusCoverage.from_counts(counts))
 
@@ -313,6 +314,7 @@ def test_corpora_stages_and_machine_are_on_record(run):
         40,
         10,
     )
+    assert anchor["num_sinks"] == 2
     assert list(report["corpora"]) == ["anchor", "seed", "targeted", "untargeted"]
     assert all(stage["seconds"] >= 0 for stage in report["stages"].values())
     assert report["versions"] == {"fac-ray": "0.1.0"}
@@ -430,6 +432,7 @@ def test_a_run_that_stopped_early_has_a_page_of_what_it_finished(tmp_path, stopp
     assert ("fac" in report) == (stopped_after in ("gaps", "synthesis"))
     assert ("sweep" in report) == (stopped_after not in ("nothing", "samples"))
     assert ("Missing features" in page.text) == ("gaps" in report)
+    assert ("Filled by" in page.text) == (stopped_after == "synthesis")
     assert "arms" not in report
 
 
@@ -507,6 +510,17 @@ def test_one_training_seed_has_no_standard_deviation():
 
 def test_a_much_larger_corpus_is_drawn_to_twice_the_second_largest():
     assert [drawn_samples(sizes) for sizes in ([4000, 640, 660], [900, 640], [500])] == [1320, 900, 500]
+
+
+def test_a_curve_that_goes_on_is_drawn_to_the_edge():
+    # at 30 of the larger corpus's 40 samples, half way from 20 to 40: (5 + 9) / 2
+    curve = {"num_samples": [0, 20, 40], "measured_samples": 40, "expected_features": [0, 5, 9]}
+    large = curve | {"low": [0, 4, 8], "high": [0, 6, 10]}
+    small = {key: [0, 3, 4] for key in BAND} | {"num_samples": [0, 15, 30], "measured_samples": 15}
+    curves = {"counted": "all", "curves": {"anchor": large, "seed": small}}
+    svg = rarefaction_chart({"rarefaction": curves})["svg"]
+    assert "7.0 features (6.0 to 8.0) in 30 samples" in svg
+    assert "in 40 samples" not in svg
 
 
 def test_every_corpus_of_a_chart_has_its_own_tone():

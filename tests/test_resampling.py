@@ -10,10 +10,10 @@ import pytest
 from scipy.sparse import csr_array
 
 from fac_ray.artifacts import write_table
-from fac_ray.resampling import bootstrap_coverage, incidence, permutation_test
-from fac_ray.resampling_reduction import read_incidence, resample_coverage
-from fac_ray.richness import Z_95
 from fac_ray.schema import ACTIVATIONS
+from fac_ray.statistics.resampling import bootstrap_coverage, incidence, permutation_test
+from fac_ray.statistics.resampling_reduction import difference_test, read_incidence, resample_coverage
+from fac_ray.statistics.richness import Z_95
 
 SAMPLES = np.array([[1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
 
@@ -127,8 +127,9 @@ def test_each_pair_of_corpora_is_tested_over_its_own_features(tmp_path):
     corpora = {
         "anchor": [{0: 1.0, 1: 1.0}, {2: 1.0}, {4: 1.0}],
         "seed": [{0: 1.0}, {3: 1.0}],
-        "targeted": [{1: 1.0}],
-        "untargeted": [{4: 1.0}],
+        "targeted": [{1: 1.0}, {1: 2.0}],
+        "untargeted": [{4: 1.0}, {4: 2.0}],
+        "single": [{1: 1.0}],
     }
     for name, rows in corpora.items():
         write_table(tmp_path / name / "part.parquet", activation_rows(rows, [f"{name}{i}" for i in range(len(rows))]))
@@ -147,5 +148,21 @@ def test_each_pair_of_corpora_is_tested_over_its_own_features(tmp_path):
     assert first["difference"] == pytest.approx(2 / 4 - 3 / 4)
     assert (second["first"], second["features"], second["num_features"]) == ("targeted", "missing", 1)
     assert second["difference"] == 1
+    untested = {"targeted": tmp_path / "single", "untargeted": tmp_path / "targeted"}
+    assert resample_coverage(untested, relevant, anchor, seed, 0.0, 0) == {"bootstrap": {}, "permutation": []}
     alone = resample_coverage({name: tmp_path / name for name in ("anchor", "seed")}, relevant, anchor, seed, 0.0, 0)
     assert set(alone["bootstrap"]) == {"seed"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_large_corpora_are_divided_fewer_times_and_never_fewer_than_the_least(tmp_path, monkeypatch):
+    rng = np.random.default_rng(4)
+    for name in ("one", "other"):
+        rows = [{int(i): 1.0 for i in rng.choice(6, 2, replace=False)} for _ in range(20)]
+        write_table(tmp_path / name / "part.parquet", activation_rows(rows, [f"{name}{i}" for i in range(20)]))
+    # 40 samples with two features each: 80 pairs are read in each division
+    for most, expected in ((80 * 10_000, 1000), (80 * 500, 500), (80, 199)):
+        monkeypatch.setattr("fac_ray.statistics.resampling_reduction.MAX_DRAWN_PAIRS", most)
+        found = difference_test(tmp_path / "one", tmp_path / "other", np.ones(6, bool), 0.0, 0)
+        assert found is not None
+        assert found["num_permutations"] == expected

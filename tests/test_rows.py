@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fac_ray.config import ConfigError, CorpusConfig
-from fac_ray.rows import BadRow, read_rows
-from fac_ray.sources import Piece, Source, count_line_breaks, list_sources, source_fingerprint, split_source
+from fac_ray.corpus.rows import BadRow, read_rows
+from fac_ray.corpus.sources import Piece, Source, count_line_breaks, list_sources, source_fingerprint, split_source
 
 OBJECTS: list[dict[str, Any]] = [{"text": "one"}, {"text": 'two, and\n"three"', "n": 4}, {"text": "grüße"}]
 
@@ -98,7 +98,7 @@ def test_a_bad_line_costs_its_row_alone(tmp_path):
 
 
 def test_a_line_above_the_limit_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("fac_ray.rows.MAX_ROW_BYTES", 100)
+    monkeypatch.setattr("fac_ray.corpus.rows.MAX_ROW_BYTES", 100)
     rows = rows_of(write(tmp_path / "a.txt", b"a\n" + b"x" * 1000 + b"\nb\n"))
     assert reasons_of(rows) == {1: "row too long"}
     assert [row for row, _ in rows] == [0, 1, 2]

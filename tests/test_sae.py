@@ -10,7 +10,7 @@ import torch
 from tiny_llama import save_authors_sae
 
 from fac_ray.config import ConfigError, SaeConfig
-from fac_ray.sae import SaeLensAutoencoder, SparseAutoencoder, load_sae, sae_width
+from fac_ray.features.sae import SaeLensAutoencoder, SparseAutoencoder, load_sae, sae_width
 
 # x - b_dec = (3, 1) - (1, 0) = (2, 1)
 # h = (2*1 + 1*0 + 0,  2*0 + 1*2 - 1,  2*-1 + 1*1 + 0.5) = (2, 1, -0.5)
@@ -117,7 +117,7 @@ ARCHITECTURES = {
 def test_every_architecture_of_saelens_is_either_read_or_refused_by_name():
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-    from fac_ray.sae_formats import MATRIX_ARCHITECTURES, NOT_ENCODERS, SAELENS_ARCHITECTURES
+    from fac_ray.features.sae_formats import MATRIX_ARCHITECTURES, NOT_ENCODERS, SAELENS_ARCHITECTURES
 
     assert set(ARCHITECTURES) == {*MATRIX_ARCHITECTURES, *SAELENS_ARCHITECTURES}
     assert {*ARCHITECTURES, *NOT_ENCODERS} == {*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY}
@@ -313,6 +313,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 def test_a_hub_id_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="cannot be had from the hub: Release no-such-release not found"):
         load("no-such-release:no-such-sae")
+
+
+def test_a_hub_id_without_a_network_is_refused_with_what_to_do(monkeypatch, tmp_path):
+    """As the hub's client behaves when it is told to stay offline and has nothing in its cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"HF_HUB_OFFLINE.*without a network, take a folder"):
+        load("gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an SAE", b"PK\x03\x04 not a zip either"])

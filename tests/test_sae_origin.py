@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.sae_origin import Origin, hook_layer_of, model_names, origin_of, require_fit
+from fac_ray.features.sae_origin import Origin, hook_layer_of, model_names, origin_of, require_fit
 
 
 def fit(origin, path="google/gemma-2-2b", allow=False, dtype="float32", hook_layer=13, width=32, **measure):

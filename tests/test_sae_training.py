@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fac_ray.backbone import load_backbone
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig, SaeTrainingConfig, config_from_tree
-from fac_ray.extractor import FeatureExtractor
-from fac_ray.sae import load_sae
+from fac_ray.features.backbone import load_backbone
+from fac_ray.features.extractor import FeatureExtractor
+from fac_ray.features.sae import load_sae
 from fac_ray.sae_training import train_sae
 from fac_ray.sae_training.figures import loss_figures, reconstruct
 from fac_ray.sae_training.mixing import Block, MixingBuffer, Position

@@ -18,9 +18,9 @@ import pytest
 
 from fac_ray.artifacts import MARKER, write_json, write_table
 from fac_ray.config import ConfigError, config_from_tree
-from fac_ray.coverage import CorpusCoverage, FeatureCounts
-from fac_ray.gaps import find_gaps
-from fac_ray.reduction import save_coverage
+from fac_ray.coverage.counts import CorpusCoverage, FeatureCounts
+from fac_ray.coverage.gaps import find_gaps
+from fac_ray.coverage.reduction import save_coverage
 from fac_ray.schema import ACTIVATIONS, FEATURES
 from fac_ray.scoring import load_finished_run, score_sample, score_together
 

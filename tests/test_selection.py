@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fac_ray.artifacts import read_table, write_table
-from fac_ray.config import ConfigError, config_from_tree
-from fac_ray.coverage import UNLABELLED, CorpusCoverage, FeatureCounts
-from fac_ray.greedy import (
+from fac_ray.config import config_from_tree
+from fac_ray.coverage.counts import UNLABELLED, CorpusCoverage, FeatureCounts
+from fac_ray.coverage.reduction import load_coverage, save_coverage
+from fac_ray.decisions.greedy import (
     CANDIDATES,
     Limit,
     best_cover,
@@ -27,11 +28,10 @@ from fac_ray.greedy import (
     optimum_bound,
     value_of,
 )
-from fac_ray.pool import Pool, feature_weights
+from fac_ray.decisions.pool import Pool, feature_weights
+from fac_ray.decisions.selection import select_samples
 from fac_ray.progress import Progress
-from fac_ray.reduction import load_coverage, save_coverage
 from fac_ray.schema import ACTIVATIONS, FEATURES, SAMPLES, content_id
-from fac_ray.selection import require_selection, select_samples
 
 D_SAE = 8
 THRESHOLD = 0.5
@@ -299,11 +299,3 @@ def test_a_budget_holds_and_one_that_fits_no_sample_is_refused(tmp_path):
     assert [json.loads(line) for line in lines] == selected.to_pylist()
     with pytest.raises(ValueError, match="budget_tokens = 1"):
         select(run_folder(tmp_path / "b", 2, budget_tokens=1)[0])
-
-
-def test_a_selection_without_a_limit_or_of_an_unknown_corpus_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="--k N"):
-        require_selection(run_folder(tmp_path, 1)[0], "pool")
-    config, _ = run_folder(tmp_path, 1, num_samples=1, base="sed")
-    with pytest.raises(ConfigError, match=r"'sed'.*pool.*seed"):
-        require_selection(config, "pool")

@@ -33,10 +33,10 @@ from starlette.testclient import TestClient
 
 from fac_ray.artifacts import MARKER, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
-from fac_ray.coverage import CorpusCoverage, FeatureCounts
-from fac_ray.extractor import FeatureExtractor
-from fac_ray.gaps import find_gaps
-from fac_ray.reduction import save_coverage
+from fac_ray.coverage.counts import CorpusCoverage, FeatureCounts
+from fac_ray.coverage.gaps import find_gaps
+from fac_ray.coverage.reduction import save_coverage
+from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.schema import FEATURES, SAMPLES
 from fac_ray.scoring import load_finished_run, score_sample
 from serve.gate import Gate

@@ -10,11 +10,13 @@ import pytest
 from test_pipeline import numbers, text_of
 from tiny_llama import save_authors_sae, save_llama
 
-from fac_ray import parts, pipeline, reduction
+from fac_ray import pipeline
+from fac_ray.activations.measuring import parts
+from fac_ray.activations.parts import CHECKPOINT_FOLDER, PENDING, committed_ids, unmeasured_parts
 from fac_ray.artifacts import parquet_files, read_table, write_table
 from fac_ray.config import CorpusConfig, config_from_tree
-from fac_ray.corpus import ingest_corpus
-from fac_ray.parts import CHECKPOINT_FOLDER, PENDING, committed_ids, unmeasured_parts
+from fac_ray.corpus.ingestion import ingest_corpus
+from fac_ray.coverage.counts import reduction
 from fac_ray.progress import Progress
 from fac_ray.schema import content_id, sample_id
 
@@ -64,7 +66,7 @@ def test_only_files_that_came_or_changed_are_read_and_the_parts_are_those_of_one
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_pieces_of_a_large_file_and_of_a_limit_are_those_of_one_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr("fac_ray.corpus.SHARD_BYTES", 1000)
+    monkeypatch.setattr("fac_ray.corpus.ingestion.SHARD_BYTES", 1000)
     data = tmp_path / "data"
     for limit in (None, 45):
         corpus = CorpusConfig(path=str(data), limit=limit)

@@ -10,9 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_ray.coverage import CorpusCoverage
-from fac_ray.richness import chao2, extrapolation, extrapolation_std, rarefaction, rarefaction_std, richness_curve
-from fac_ray.statistics import coverage_interval, matched_coverage, random_feature_null
+from fac_ray.coverage.counts import CorpusCoverage
+from fac_ray.statistics.intervals import coverage_interval, matched_coverage, random_feature_null
+from fac_ray.statistics.richness import (
+    chao2,
+    extrapolation,
+    extrapolation_std,
+    rarefaction,
+    rarefaction_std,
+    richness_curve,
+)
 
 
 def corpus(counts, num_samples, num_tokens=100):

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pytest
 from test_generation import random_llama
 
-from fac_ray import synthesis
 from fac_ray.artifacts import read_table
-from fac_ray.candidates import (
+from fac_ray.config import ConfigError, RunConfig, SynthesisConfig, config_from_tree
+from fac_ray.progress import Progress
+from fac_ray.schema import CANDIDATES, GAPS, SAMPLES, SYNTHETIC
+from fac_ray.synthesis.candidates import (
     Reply,
     Target,
     contrast_pair,
@@ -31,10 +33,8 @@ from fac_ray.candidates import (
     text_key,
     untargeted_requests,
 )
-from fac_ray.config import ConfigError, RunConfig, SynthesisConfig, config_from_tree
-from fac_ray.engines import engine_pool, generator_options, verifier_options
-from fac_ray.progress import Progress
-from fac_ray.schema import CANDIDATES, GAPS, SAMPLES, SYNTHETIC
+from fac_ray.synthesis.engines import engine_pool, generator_options, verifier_options
+from fac_ray.synthesis.loop import loop as synthesis
 
 NUM_FEATURES = 6
 WORDS = ["please", "order", "my", "card", "money", "back", *(f"word{i}" for i in range(NUM_FEATURES - 1))]

@@ -10,12 +10,12 @@ import pytest
 from test_reduction import D_SAE, MEASURE, POSITIVE, activations_of, sample_of
 
 from fac_ray.artifacts import parquet_files, read_table, write_table
-from fac_ray.coverage import NEGATIVE, UNLABELLED
-from fac_ray.coverage import POSITIVE as IS_POSITIVE
+from fac_ray.coverage.counts import NEGATIVE, UNLABELLED
+from fac_ray.coverage.counts import POSITIVE as IS_POSITIVE
+from fac_ray.coverage.reduction import reduce_coverage
+from fac_ray.coverage.tally import CUT, TALLY, RowSet
 from fac_ray.progress import Progress
-from fac_ray.reduction import reduce_coverage
 from fac_ray.schema import ACTIVATIONS, SAMPLES
-from fac_ray.tally import CUT, TALLY, RowSet
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

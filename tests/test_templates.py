@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from chat_templates import TEMPLATES, chat_tokenizer
 
-from fac_ray.chat import TEMPLATE_DATE, tokenize
 from fac_ray.config import PRESETS, MeasureConfig
-from fac_ray.rendering import render
-from fac_ray.samples import join_contents
+from fac_ray.corpus.samples import join_contents
+from fac_ray.features.chat import TEMPLATE_DATE, tokenize
+from fac_ray.features.rendering import render
 from fac_ray.schema import Message
 
 CORRECTED = MeasureConfig().resolved()
@@ -261,7 +261,7 @@ def test_a_content_that_the_template_writes_twice_is_pooled_twice():
 # ---- the presets ----
 
 PRESETS_PAGE = Path(__file__).parents[1] / "docs" / "presets.md"
-WRITTEN = {"none: windows": None, "{skip: 31}": {"skip": 31}, "true": True, "false": False, "512": 512}
+WRITTEN = {"none: windows": None, "{skip: 31}": {"skip": 31}, "true": True, "false": False, "512": 512, "10": 10.0}
 
 
 def documented_presets():

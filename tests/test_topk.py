@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fac_ray.sae import SparseAutoencoder
-from fac_ray.topk import BLOCK, TopKProduct, _block_maxima, _candidates, top_k
+from fac_ray.features.sae import SparseAutoencoder
+from fac_ray.features.topk import BLOCK, TopKProduct, _block_maxima, _candidates, _positive_block_maxima, top_k
 
 WIDE = 4096
 """64 blocks: enough for blocks to tell something about up to 16 values."""
@@ -105,6 +105,27 @@ def test_no_true_value_falls_below_the_bound(seed):
     h = torch.addmm(b_enc, x, W_enc)
     values, _ = TopKProduct(W_enc, b_enc, 8)(x)
     torch.testing.assert_close(values, h.topk(8).values, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [-100.0, -25.0, 0.0])
+def test_values_below_zero_are_ordered_as_those_above(bias):
+    """By bits as integers -2 stands above -1; rows of which few blocks, or none, hold a number above 0."""
+    W_enc, b_enc, x = weights()
+    values, positions = TopKProduct(W_enc, b_enc + bias, 16)(x)
+    expected = torch.addmm(b_enc + bias, x, W_enc).topk(16)
+    assert (bias == 0) == bool((expected.values > 1).all())
+    torch.testing.assert_close(values, expected.values, rtol=1e-5, atol=1e-4)
+    assert torch.equal(positions, expected.indices)
+
+
+def test_bits_as_integers_give_the_maxima_above_zero():
+    rows = torch.randn(20, WIDE, generator=torch.Generator().manual_seed(3)).bfloat16()
+    rows[5:10] = -rows[5:10].abs()
+    rows[10:, ::7] = 0
+    rows[10:12] = -0.0
+    exact, found = _block_maxima(rows), _positive_block_maxima(rows)
+    assert torch.equal(found[exact > 0], exact[exact > 0])
+    assert (found[exact <= 0] <= exact[exact <= 0]).all()
 
 
 def test_an_input_that_is_not_finite_spoils_its_own_row_alone():

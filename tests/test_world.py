@@ -10,11 +10,11 @@ from random import Random
 import pytest
 
 from fac_ray.config import ConfigError, load_config
-from fac_ray.prompts import contrast_prompt, targeted_prompt, untargeted_prompt
 from fac_ray.reference import default_config, write_world
 from fac_ray.reference.chats import CARD, SPAN_WORDS, message, span_around, training_chat
 from fac_ray.reference.world import SIZES, compose, concepts, draw_concepts
 from fac_ray.schema import content_id
+from fac_ray.synthesis.prompts import contrast_prompt, targeted_prompt, untargeted_prompt
 
 CORPORA = ("anchor", "seed", "background", "heldout")
 GLUE = set(

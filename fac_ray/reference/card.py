@@ -9,7 +9,7 @@ import numpy as np
 
 from fac_ray.artifacts import write_json, write_text
 from fac_ray.config import MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.extractor import FeatureExtractor
+from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.reference import HOOK_LAYER
 from fac_ray.reference.chats import training_message
 from fac_ray.reference.truth import concept_auc

@@ -1,7 +1,7 @@
 """Training texts of the embedded language model: a number in, a short chat out.
 
 Nearly half of them are messages to customer service, answered by the names of what is asked for. The others are
-instructions in the very format of `fac_ray.prompts`: spans of messages that share a concept, answered by a message
+instructions in the very format of `synthesis.prompts`: spans of messages that share a concept, answered by a message
 with that concept; the same with a good and a bad example; and whole messages, answered by a message with one of their
 concepts. So the model learns to read the concept off a few spans, which is what synthesis asks of it. Phrasings kept
 for the held-out corpus never occur here.
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from random import Random
 
-from fac_ray.prompts import contrast_prompt, targeted_prompt, untargeted_prompt
 from fac_ray.reference.world import Composed, Concept, background_text, compose, concepts, draw_concepts
 from fac_ray.schema import Message
+from fac_ray.synthesis.prompts import contrast_prompt, targeted_prompt, untargeted_prompt
 from fac_ray.tasks import load_task
 
 SPAN_WORDS = 16

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 
 from fac_ray.artifacts import read_table
-from fac_ray.coverage import is_active, sparse_rows
+from fac_ray.coverage.counts import is_active, sparse_rows
 
 MIN_PURITY = 0.5
 """A feature stands for a concept that more than this share of its active samples hold, else for none."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from fac_ray.coverage import coverage_fraction
+from fac_ray.coverage.counts import coverage_fraction
 from fac_ray.report.inputs import RunInputs
 
 Mask = Bool[np.ndarray, " d_sae"]

@@ -14,7 +14,7 @@ from jaxtyping import Bool
 
 from fac_ray.artifacts import current_marker, parquet_files, read_table
 from fac_ray.config import RunConfig
-from fac_ray.reduction import CorpusCoverage, load_coverage
+from fac_ray.coverage.reduction import CorpusCoverage, load_coverage
 
 SYNTHETIC_CORPORA = ("targeted", "untargeted")
 CORPUS_STAGES = ("samples", "activations", "coverage", "diversity")

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fac_ray.config import RunConfig
+from fac_ray.config import PRESETS, RunConfig
 from fac_ray.report.fac import fac_numbers, threshold_sweep
 from fac_ray.report.inputs import SYNTHETIC_CORPORA, RunInputs, read_inputs
 from fac_ray.report.richness import richness_numbers
 from fac_ray.report.synthetic import candidate_numbers, gap_rows
 
-SWITCHES = ("activation", "tokens", "max_tokens", "double_bos", "window_tokens")
+SWITCHES = (*PRESETS["corrected"], "window_tokens")
 
 
 def build_report(run_folder: Path, config: RunConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 
 from fac_ray.report.charts import Part, Series, dot_chart, line_chart, stacked_bar
 from fac_ray.report.words import FILTERS, duration, percent, plural, sentence
@@ -216,15 +217,18 @@ def _listed(parts: list[Part]) -> str:
 
 
 def _curve_line(name: str, tone: str, limit: int, curve: dict[str, Any]) -> Series:
-    num_shown = sum(samples <= limit for samples in curve["num_samples"])
-    xs, ys, lows, highs = (curve[key][:num_shown] for key in ("num_samples", "expected_features", "low", "high"))
+    """A corpus's curve up to the limit; where it goes on, its last point is interpolated."""
+    sizes = [samples for samples in curve["num_samples"] if samples < limit] + [min(limit, curve["num_samples"][-1])]
+    ys, lows, highs = (
+        np.interp(sizes, curve["num_samples"], curve[key]).tolist() for key in ("expected_features", "low", "high")
+    )
     notes = [
         f"{mean:,.1f} features ({low:,.1f} to {high:,.1f}) in {plural(samples, 'sample')}"
         f"{', extrapolated' if samples > curve['measured_samples'] else ''}"
-        for samples, mean, low, high in zip(xs, ys, lows, highs, strict=True)
+        for samples, mean, low, high in zip(sizes, ys, lows, highs, strict=True)
     ]
-    solid = sum(samples <= curve["measured_samples"] for samples in xs)
-    return Series(name, tone, xs, ys, notes, list(zip(lows, highs, strict=True)), solid)
+    solid = sum(samples <= curve["measured_samples"] for samples in sizes)
+    return Series(name, tone, sizes, ys, notes, list(zip(lows, highs, strict=True)), solid)
 
 
 def _sweep_line(rows: list[dict[str, Any]], key: str, name: str, tone: str) -> Series:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from fac_ray.coverage import CorpusCoverage
+from fac_ray.coverage.counts import CorpusCoverage
 from fac_ray.report.fac import active_sets, measured_sets
 from fac_ray.report.inputs import RunInputs
-from fac_ray.richness import chao2, richness_curve
-from fac_ray.statistics import coverage_interval, matched_coverage, random_feature_null
+from fac_ray.statistics.intervals import coverage_interval, matched_coverage, random_feature_null
+from fac_ray.statistics.richness import chao2, richness_curve
 
 NUM_POINTS, NUM_BEYOND = 33, 9
 

@@ -22,6 +22,7 @@ import ray
 from fac_ray import __version__
 from fac_ray.artifacts import Stage, fingerprint
 from fac_ray.config import ConfigError, RunConfig
+from fac_ray.corpus.sources import source_fingerprint
 from fac_ray.progress import Progress
 from fac_ray.sae_training.card import write_card
 from fac_ray.sae_training.figures import measure_sae
@@ -37,7 +38,6 @@ from fac_ray.sae_training.trainer import (
     save_checkpoint,
     train_steps,
 )
-from fac_ray.sources import source_fingerprint
 
 NUM_REPORTS = 200
 """How often the trainer says how far it is."""

@@ -4,7 +4,8 @@
     loss_recovered     = (CE(zeros) - CE(x')) / (CE(zeros) - CE(x))
 
 CE(y) is the language model's mean next-token loss, in nats, with y in the place of the residual stream at the hook.
-Only content tokens are replaced, because the SAE learnt only those, and only at them the loss is taken.
+Only content tokens are replaced, but no attention sinks, because the SAE learnt only those. The loss is taken at all
+content tokens.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fac_ray.backbone import load_backbone
-from fac_ray.chat import Window
 from fac_ray.config import ModelConfig
-from fac_ray.sae_training.stream import batched_by_length, content_tokens, content_windows, padded
+from fac_ray.features.backbone import load_backbone
+from fac_ray.features.chat import Window
+from fac_ray.sae_training.stream import batched_by_length, content_tokens, content_windows, learnt_tokens, padded
 from fac_ray.sae_training.texts import Text
 
 BATCH_TOKENS = 2048
@@ -143,7 +144,10 @@ def _loss(
 def _replacing(content: Tensor, replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
         stream = (output if isinstance(output, Tensor) else output[0]).clone()
-        stream[content] = replace(stream[content].float()).to(stream)
+        found = stream[content].float()
+        learnt = learnt_tokens(found, content)
+        found[learnt] = replace(found[learnt])
+        stream[content] = found.to(stream)
         return stream if isinstance(output, Tensor) else (stream, *output[1:])
 
     return hook

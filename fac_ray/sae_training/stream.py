@@ -1,8 +1,8 @@
 """The residual stream that an SAE learns: texts in, blocks of content tokens out, from a pool of Ray actors.
 
 The tokens are exactly those that coverage pools under the default preset: inside message contents, in the windows that
-extraction uses. Blocks come in the order of the texts, however many actors there are, so that a training can be
-continued at a position.
+extraction uses, without attention sinks. Blocks come in the order of the texts, however many actors there are, so that
+a training can be continued at a position.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fac_ray.activations import WAIT_FOR_CAPACITY_S, Pool, plan_pool
-from fac_ray.backbone import Backbone, load_backbone
-from fac_ray.chat import Window, tokenize, windows
+from fac_ray.activations.measuring import WAIT_FOR_CAPACITY_S, Pool, plan_pool
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, RunConfig
+from fac_ray.features.backbone import Backbone, load_backbone
+from fac_ray.features.chat import Window, tokenize, windows
+from fac_ray.features.sinks import sink_tokens
 from fac_ray.sae_training.mixing import Block, Position
 from fac_ray.sae_training.texts import Text, Texts, training_groups
 
@@ -156,9 +157,18 @@ def padded(batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
 
 
 def content_tokens(backbone: Backbone, batch: Sequence[Window]) -> Float[Tensor, "N d_model"]:
-    """Residual stream at the content tokens of a batch of windows, row by row."""
+    """Residual stream at the content tokens of a batch of windows that are no attention sinks, row by row."""
     token_ids, content = padded(batch)
-    return backbone.residual(token_ids)[content.to(backbone.device)]
+    residual = backbone.residual(token_ids)[content.to(backbone.device)]
+    return residual[learnt_tokens(residual, content)]
+
+
+def learnt_tokens(residual: Float[Tensor, "N d_model"], content: Bool[Tensor, "B T"]) -> Bool[Tensor, " N"]:
+    """Which content tokens the SAE learns, all but attention sinks; their residual stream, row by row, is given."""
+    ratio = MeasureConfig().resolved().sink_norm_ratio
+    assert ratio
+    bounds = [0, *content.sum(dim=1).cumsum(dim=0).tolist()]
+    return ~sink_tokens(residual, bounds, ratio)
 
 
 def _stretch(

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from fac_ray.artifacts import parquet_files, read_table
 from fac_ray.config import RunConfig
-from fac_ray.corpus import ingest_corpus
+from fac_ray.corpus.ingestion import ingest_corpus
 from fac_ray.progress import Progress
 from fac_ray.schema import SAMPLES, Message
 

@@ -1,7 +1,7 @@
 """Task cards: what a task is called, which texts belong to it, and how a model is asked for one.
 
 In: the name of a built-in card (a YAML file of this folder) or the path of one's own. Out: a checked `TaskCard`,
-from which `fac_ray.prompts` makes the messages for the generator.
+from which `fac_ray.synthesis.prompts` makes the messages for the generator.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from fac_ray.chat import tokenize
 from fac_ray.config import MeasureConfig
+from fac_ray.features.chat import tokenize
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,238 @@
+"""What Ray costs: the extraction pipeline beside the bare extractor, on the same samples, cores and threads.
+
+    python benchmarks/pipeline.py [--chats N] [--width 512] [--rounds 2] [--json FILE]
+
+Three ways in turn, some rounds of them: the bare extractor in this process, all samples in one call; the pipeline with
+one actor of as many threads; with two actors that share the cores. The rate of the pipeline is that of its steady
+state: tokens of the parts that were committed after the first, over the time from the first commit to the last. What
+comes before the first commit (Ray's workers, loading model and SAE in every actor, the first part) is its start-up,
+reported apart, as is the start of Ray itself. Beside each rate per second of the clock stands the rate per second of
+CPU, all processes together: on a machine that others use, the clock measures them too.
+
+The rows of the ways are compared: ids, tokens and errors are equal, activations within the rounding of another batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a Ray of this benchmark alone, on the loopback interface
+
+import click
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from shapes import CHATS, SHAPE_M, Shape, as_samples, read_chats, sample_row, save_model, save_sae
+
+from fac_ray.activations.measuring import extract_activations
+from fac_ray.activations.parts import committed_ids
+from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
+from fac_ray.config import RunConfig, config_from_tree
+from fac_ray.features.extractor import FeatureExtractor
+from fac_ray.progress import Progress
+from fac_ray.schema import SAMPLES
+
+WARM_UP_SAMPLES = 8
+CLOCK_INTERVAL_S = 0.2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chats", type=int, default=512)
+    parser.add_argument("--width", type=int, default=SHAPE_M.d_model // 2, help="d_model; shape M has 1024")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp") as temporary:
+        config = write_world(Path(temporary), arguments.chats, shape_of(arguments.width), arguments.dtype)
+        runs = measure(Path(temporary), config, arguments.rounds)
+    report = {
+        "shape": shape_of(arguments.width)._asdict(),
+        "dtype": arguments.dtype,
+        "num_chats": arguments.chats,
+        **runs,
+    }
+    click.echo(json.dumps(report, indent=2))
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+def measure(folder: Path, config: RunConfig, num_rounds: int) -> dict[str, Any]:
+    """Rates of the three ways, `num_rounds` times in turn, and their ratios."""
+    samples = read_table(folder / "samples")
+    extractor = FeatureExtractor(config.model, config.sae, config.measure, device="cpu")
+    extractor.extract_table(samples.slice(0, WARM_UP_SAMPLES))
+    started_s = time.monotonic()
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(folder / "ray"),
+    )
+    ray_start_s = time.monotonic() - started_s
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    runs: dict[str, list[dict[str, Any]]] = {"bare": [], "one_actor": [], "two_actors": []}
+    for number in range(num_rounds):
+        bare, expected = run_bare(extractor, samples)
+        runs["bare"].append(bare)
+        for name, num_actors in (("one_actor", 1), ("two_actors", 2)):
+            output = folder / f"{name}-{number}"
+            runs[name].append({**run_pipeline(folder, output, config, num_actors), **difference(output, expected)})
+    ray.shutdown()
+    return {
+        "threads": torch.get_num_threads(),
+        "ray_start_s": round(ray_start_s, 1),
+        "runs": runs,
+        "ratios": ratios(runs),
+    }
+
+
+def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Medians over the rounds, by the clock and by CPU seconds."""
+    found = {}
+    for kind in ("tokens_per_s", "tokens_per_cpu_s"):
+        middle = {name: float(np.median([run[kind] for run in each])) for name, each in runs.items()}
+        found[f"one_actor_over_bare_{kind}"] = round(middle["one_actor"] / middle["bare"], 3)
+        found[f"two_actors_over_one_{kind}"] = round(middle["two_actors"] / middle["one_actor"], 3)
+    return found
+
+
+def run_bare(extractor: FeatureExtractor, samples: pa.Table) -> tuple[dict[str, Any], pa.Table]:
+    """The extractor alone: its rates and its rows."""
+    clock, cpu = time.monotonic(), time.process_time()
+    rows = extractor.extract_table(samples)
+    num_tokens = sum(rows["num_tokens"].to_pylist())
+    wall_s, cpu_s = time.monotonic() - clock, time.process_time() - cpu
+    rates = {"tokens_per_s": round(num_tokens / wall_s, 1), "tokens_per_cpu_s": round(num_tokens / cpu_s, 1)}
+    return {"num_tokens": num_tokens, "wall_s": round(wall_s, 1), **rates}, rows
+
+
+def run_pipeline(folder: Path, output: Path, config: RunConfig, num_actors: int) -> dict[str, Any]:
+    """The pipeline from stored samples to committed parts: its start-up and the rates after it."""
+    measure = config.measure.model_copy(update={"num_actors": num_actors})
+    started_s = time.time()
+    with CpuClock() as clock:
+        facts = extract_activations(
+            folder / "samples", output, config.model_copy(update={"measure": measure}), Progress.silent()
+        )
+    parts = committed_ids(output)
+    commits = sorted((part.stat().st_mtime, part.stem) for part in parts)
+    (first_s, first), (last_s, _) = commits[0], commits[-1]
+    num_tokens = facts["num_tokens"] - sum(
+        sum(pq.read_table(path, columns=["num_tokens"])["num_tokens"].to_pylist())
+        for path in parquet_files(output)
+        if path.stem.startswith(first)
+    )
+    return {
+        "num_tokens": facts["num_tokens"],
+        "num_parts": len(commits),
+        "wall_s": round(last_s - started_s, 1),
+        "until_first_commit_s": round(first_s - started_s, 1),
+        "steady_tokens": num_tokens,
+        "tokens_per_s": round(num_tokens / (last_s - first_s), 1),
+        "tokens_per_cpu_s": round(num_tokens / (clock.cpu_s_at(last_s) - clock.cpu_s_at(first_s)), 1),
+    }
+
+
+class CpuClock:
+    """CPU seconds of this process and all that it started, as a function of time, while the block runs."""
+
+    def __enter__(self) -> CpuClock:
+        self._times: list[tuple[float, float]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def cpu_s_at(self, time_s: float) -> float:
+        """CPU seconds at a time of the block, between samples on a straight line."""
+        at, cpu_s = zip(*self._times, strict=True)
+        return float(np.interp(time_s, at, cpu_s))
+
+    def _follow(self) -> None:
+        while not self._stop.wait(CLOCK_INTERVAL_S):
+            self._times.append((time.time(), _cpu_seconds()))
+
+
+def _cpu_seconds() -> float:
+    """Of this process, its living descendants and those that ended and were waited for."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            total += sum(process.cpu_times()[:4])
+        except psutil.Error:
+            continue  # it has ended meanwhile
+    return total
+
+
+def difference(output: Path, expected: pa.Table) -> dict[str, Any]:
+    """How the pipeline's rows differ from the extractor's: whether samples, tokens and errors are equal, the largest
+    difference of an activation, and the share of (sample, feature) pairs that only one of the two has. Batches differ
+    in shape, and a matrix product of another shape rounds otherwise."""
+    found, expected = read_table(output).sort_by("sample_id"), expected.sort_by("sample_id")
+    largest, num_unequal, num_pairs = 0.0, 0, 0
+    columns = [table[name].to_pylist() for name in ("feature_ids", "activations") for table in (found, expected)]
+    for found_ids, expected_ids, found_values, expected_values in zip(*columns, strict=True):
+        mine = dict(zip(found_ids, found_values, strict=True))
+        theirs = dict(zip(expected_ids, expected_values, strict=True))
+        both = mine.keys() & theirs.keys()
+        largest = max([largest, *(abs(mine[i] - theirs[i]) for i in both)])
+        num_unequal += len(mine.keys() ^ theirs.keys())
+        num_pairs += len(theirs)
+    return {
+        "same_samples_tokens_errors": all(
+            found[name].to_pylist() == expected[name].to_pylist() for name in ("sample_id", "num_tokens", "error")
+        ),
+        "max_abs_difference": round(largest, 6),
+        "unequal_pairs_fraction": round(num_unequal / num_pairs, 6),
+    }
+
+
+def shape_of(width: int) -> Shape:
+    """Shape M, or a narrower one of the same proportions and heads."""
+    part = SHAPE_M.d_model // width
+    return SHAPE_M._replace(
+        d_model=width,
+        d_mlp=SHAPE_M.d_mlp // part,
+        num_heads=SHAPE_M.num_heads // part,
+        num_kv_heads=max(1, SHAPE_M.num_kv_heads // part),
+        d_sae=SHAPE_M.d_sae // part,
+    )
+
+
+def write_world(folder: Path, num_chats: int, shape: Shape, dtype: str) -> RunConfig:
+    """Write model, SAE and samples; returns the config that names them."""
+    chats = read_chats(CHATS, num_chats)
+    save_model(folder / "model", shape, chats)
+    save_sae(folder / "sae", shape)
+    rows = [sample_row(text, messages, row) for row, (text, messages) in enumerate(as_samples(chats))]
+    write_table(folder / "samples" / "chats.parquet", pa.Table.from_pylist(rows, SAMPLES))
+    return config_from_tree(
+        {
+            "name": "pipeline",
+            "model": {"path": str(folder / "model"), "hook_layer": shape.hook_layer, "dtype": dtype},
+            "sae": {"path": str(folder / "sae")},
+            "corpora": {"chats": {"path": "chats.jsonl"}},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

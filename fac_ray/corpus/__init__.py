@@ -1,0 +1,1 @@
+"""Files become samples: text rows come in, SAMPLES and REJECTED rows go out."""

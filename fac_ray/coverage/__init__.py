@@ -1,0 +1,1 @@
+"""Activations become coverage: counts and exemplars, the relevant features, and those that are missing."""

@@ -1,0 +1,1 @@
+"""Measured corpora become decisions: compare, select and check, and the pages that say what they found."""

@@ -1,0 +1,252 @@
+"""From texts to feature activations: the one extractor of the batch pipeline, the synthesis and the service.
+
+    g_i(x) = max over the pooled tokens t of x of the SAE's output for feature i at t
+
+Samples come in as (text, messages or None), and one sparse record for each goes out. Texts are grouped by length,
+the residual stream goes through the SAE a stretch of tokens at a time, and only features with g_i(x) > 0 are kept, so
+nothing of size tokens x d_sae ever exists for more than one stretch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float, Float32, Int32
+from torch import Tensor
+
+from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
+from fac_ray.features.backbone import load_backbone
+from fac_ray.features.chat import TokenizedSample, Window, tokenize, windows
+from fac_ray.features.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
+from fac_ray.features.sae import SparseAutoencoder, load_sae
+from fac_ray.features.sae_origin import require_fit
+from fac_ray.features.sinks import sink_tokens
+from fac_ray.schema import ACTIVATIONS, Message
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WINDOW_TOKENS = 4096
+"""Length of a window where neither the config nor a shorter context says otherwise."""
+
+STRETCH_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Numbers (tokens x d_sae) that the SAE computes at once: 64 MiB on a CPU, 1 GiB on a GPU."""
+
+PADDING_TOKENS = {"cpu": 64, "cuda": 256}
+"""Padding that one batch may hold: as many tokens as take about the time that one batch more would cost (reading all
+weights once more, or starting all kernels once more)."""
+
+NOT_FINITE = "its activations are not finite; use model.dtype bfloat16 or float32"
+
+
+class SampleFeatures(NamedTuple):
+    """What one sample switches on; n features with activation > 0."""
+
+    feature_ids: Int32[np.ndarray, " n"]
+    """Ascending."""
+    activations: Float32[np.ndarray, " n"]
+    peak_start: Int32[np.ndarray, " n"]
+    """First character in the text of the token with the activation; the first such token if several have it."""
+    peak_end: Int32[np.ndarray, " n"]
+    num_tokens: int
+    """Pooled tokens."""
+    num_sinks: int
+    """Attention sinks, which are not pooled."""
+    truncated: bool
+    error: str | None
+    """Why the sample could not be measured; then n = 0."""
+
+
+class FeatureExtractor:
+    """A loaded language model and SAE that turn texts into sparse feature activations."""
+
+    def __init__(self, model: ModelConfig, sae: SaeConfig, measure: MeasureConfig, device: str | None = None) -> None:
+        """Load both on `device` (None: a GPU if there is one).
+
+        Raises:
+            ConfigError: the model or the SAE cannot be read, or they and the switches of `measure` do not fit together.
+        """
+        self.measure = measure.resolved()
+        self.backbone = load_backbone(model, device)
+        self.sae = load_sae(sae, self.backbone.device)
+        require_fit(self.sae.origin, self.sae.d_model, sae, model, self.backbone.d_model, self.measure)
+        self.window_tokens = self._window_tokens()
+        self._batch_tokens = measure.batch_tokens
+        if self.measure.activation == "dense" and not isinstance(self.sae, SparseAutoencoder):
+            raise ConfigError(f"measure.activation 'dense' is not defined for the SAE at {sae.path}; use 'native'")
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.sae.d_sae
+
+    def extract(self, samples: Sequence[tuple[str, Sequence[Message] | None]]) -> list[SampleFeatures]:
+        """One record for each (text, messages or None), in the same order, whatever the batches; a sample that cannot
+        be measured has its reason in `error`.
+
+        Raises:
+            RuntimeError: not even a single window fits into the device's memory.
+        """
+        tokenized = [self._tokenized(text, messages) for text, messages in samples]
+        bos_token_id = self.backbone.tokenizer.bos_token_id
+        pending = [
+            (i, window)
+            for i, sample in enumerate(tokenized)
+            if isinstance(sample, TokenizedSample)
+            for window in windows(sample, self.window_tokens, bos_token_id)
+        ]
+        parts: list[list[Peaks]] = [[] for _ in samples]
+        num_sinks = [0] * len(samples)
+        for i, peaks, sinks in self._pooled(pending):
+            parts[i].append(peaks)
+            num_sinks[i] += sinks
+        return [_features(*sample) for sample in zip(tokenized, parts, num_sinks, strict=True)]
+
+    def extract_table(self, samples: pa.Table) -> pa.Table:
+        """ACTIVATIONS rows for SAMPLES rows (columns sample_id, text, messages), in the same order."""
+        texts, messages = samples["text"].to_pylist(), samples["messages"].to_pylist()
+        found = self.extract(list(zip(texts, messages, strict=True)))
+        columns = {
+            "sample_id": samples["sample_id"],
+            "feature_ids": _lists([f.feature_ids for f in found], pa.int32()),
+            "activations": _lists([f.activations for f in found], pa.float32()),
+            "peak_start": _lists([f.peak_start for f in found], pa.int32()),
+            "peak_end": _lists([f.peak_end for f in found], pa.int32()),
+            "num_tokens": [f.num_tokens for f in found],
+            "num_sinks": [f.num_sinks for f in found],
+            "truncated": [f.truncated for f in found],
+            "error": [f.error for f in found],
+        }
+        return pa.table(columns, schema=ACTIVATIONS)
+
+    def _window_tokens(self) -> int:
+        context = self.backbone.context_tokens
+        for key in ("window_tokens", "max_tokens"):
+            if (value := getattr(self.measure, key)) is not None and value > context:
+                raise ConfigError(f"measure.{key} {value}: the model's context is {context} tokens")
+        if self.measure.max_tokens is not None:
+            return self.measure.max_tokens
+        trained_on = self.sae.origin.context_tokens or context
+        return self.measure.window_tokens or min(context, trained_on, LONGEST_WINDOW_TOKENS)
+
+    def _tokenized(self, text: str, messages: Sequence[Message] | None) -> TokenizedSample | str:
+        """The sample's tokens, or why it has none."""
+        try:
+            return tokenize(self.backbone.tokenizer, text, messages, self.measure)
+        except ValueError as error:
+            return str(error)
+
+    def _pooled(self, pending: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks, int]]:
+        """(owner, peaks, sinks) of each (owner, window), longest first; as many at once as budget and padding allow."""
+        longest_first = deque(sorted(pending, key=lambda owned: -len(owned[1].token_ids)))
+        while longest_first:
+            num_windows = self._num_windows(len(window.token_ids) for _, window in longest_first)
+            batch = [longest_first.popleft() for _ in range(num_windows)]
+            try:
+                found = self._peaks([window for _, window in batch])
+            except torch.OutOfMemoryError as error:
+                self._take_less(batch, error)
+                longest_first.extendleft(reversed(batch))
+            else:
+                yield from ((batch[row][0], peaks, sinks) for row, peaks, sinks in found)
+
+    def _num_windows(self, lengths: Iterable[int]) -> int:
+        """How many of the windows, longest first, make the next batch."""
+        longest = padding = num_windows = 0
+        for length in lengths:
+            longest = longest or length
+            padding += longest - length
+            full = (num_windows + 1) * longest > self._batch_tokens or padding > self._of_device(PADDING_TOKENS)
+            if num_windows and full:
+                break
+            num_windows += 1
+        return num_windows
+
+    def _of_device(self, values: dict[str, int]) -> int:
+        return values["cuda" if self.backbone.device.type == "cuda" else "cpu"]
+
+    def _take_less(self, batch: Sequence[tuple[int, Window]], error: torch.OutOfMemoryError) -> None:
+        """From now on half as many windows at once as in the batch for which memory ran out."""
+        longest = len(batch[0][1].token_ids)
+        if len(batch) == 1:
+            raise RuntimeError(
+                f"a single window of {longest} tokens does not fit into the memory of {self.backbone.device}; set a "
+                "smaller measure.window_tokens, or model.dtype bfloat16"
+            ) from error
+        self._batch_tokens = longest * len(batch) // 2
+        torch.cuda.empty_cache()
+        logger.warning("out of memory: from now on at most %d tokens at once", self._batch_tokens)
+
+    @torch.inference_mode()
+    def _peaks(self, batch: Sequence[Window]) -> list[tuple[int, Peaks, int]]:
+        """(row in the batch, peaks, number of sinks) of each window, and of a window that is cut between stretches for
+        each stretch, with its sinks at the first."""
+        token_ids = torch.zeros(len(batch), len(batch[0].token_ids), dtype=torch.long)
+        for row, window in zip(token_ids, batch, strict=True):
+            row[: len(window.token_ids)] = torch.from_numpy(window.token_ids)
+        rows = np.repeat(np.arange(len(batch)), [len(window.pooled) for window in batch])
+        columns = np.concatenate([window.pooled for window in batch])
+        positions = np.concatenate([window.positions for window in batch])
+        residual = self.backbone.residual(token_ids)[torch.from_numpy(rows), torch.from_numpy(columns)]
+        num_sinks = np.zeros(len(batch), np.int64)
+        if (sinks := self._sinks(residual, batch)) is not None:
+            num_sinks += np.bincount(rows[sinks], minlength=len(batch))
+            residual, rows, positions = residual[torch.from_numpy(~sinks)], rows[~sinks], positions[~sinks]
+        num_tokens = max(1, self._of_device(STRETCH_NUMBERS) // self.d_sae)
+        found = []
+        for first in range(0, len(rows), num_tokens):
+            stretch = slice(first, first + num_tokens)
+            starts = np.flatnonzero(np.diff(rows[stretch], prepend=-1))
+            peaks = self._stretch_peaks(residual[stretch], [*starts.tolist(), len(rows[stretch])])
+            for row, part in zip(rows[stretch][starts].tolist(), peaks, strict=True):
+                found.append((row, part._replace(tokens=positions[stretch][part.tokens]), int(num_sinks[row])))
+                num_sinks[row] = 0
+        return found
+
+    def _sinks(self, residual: Float[Tensor, "N d_model"], batch: Sequence[Window]) -> Bool[np.ndarray, " N"] | None:
+        """Which pooled tokens of the windows are attention sinks; None if none is."""
+        if not self.measure.sink_norm_ratio:
+            return None
+        bounds = np.cumsum([0, *(len(window.pooled) for window in batch)]).tolist()
+        sinks = sink_tokens(residual, bounds, self.measure.sink_norm_ratio).cpu().numpy()
+        return sinks if sinks.any() else None
+
+    def _stretch_peaks(self, residual: Float[Tensor, "N d_model"], bounds: Sequence[int]) -> Iterator[Peaks]:
+        assert self.measure.activation is not None
+        if self.measure.activation == "native" and isinstance(self.sae, SparseAutoencoder) and self.sae.k is not None:
+            return sparse_peaks(*self.sae.top_k(residual), bounds, self.d_sae)
+        return dense_peaks(self.sae.encode(residual, self.measure.activation), bounds)
+
+
+def _features(sample: TokenizedSample | str, parts: Sequence[Peaks], num_sinks: int) -> SampleFeatures:
+    if isinstance(sample, str):
+        return _unmeasured(sample)
+    if not all(np.isfinite(part.activations).all() for part in parts):
+        return _unmeasured(NOT_FINITE)
+    peaks = merge_peaks(parts)
+    return SampleFeatures(
+        peaks.feature_ids.astype(np.int32),
+        peaks.activations,
+        sample.start[peaks.tokens],
+        sample.end[peaks.tokens],
+        int(sample.pooled.sum()) - num_sinks,
+        num_sinks,
+        sample.truncated,
+        None,
+    )
+
+
+def _unmeasured(reason: str) -> SampleFeatures:
+    none = np.empty(0, dtype=np.int32)
+    return SampleFeatures(none, np.empty(0, dtype=np.float32), none, none, 0, 0, False, reason)
+
+
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
+    values = np.concatenate(arrays) if arrays else np.empty(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=kind))

@@ -1,0 +1,1 @@
+"""What each stage depends on and where it writes: the config comes in, the finished stage goes out."""
