@@ -26,8 +26,9 @@ from test_pipeline import numbers, text_of
 from tiny_llama import save_authors_sae, save_llama
 
 from fac_ray import pipeline
-from fac_ray.activations.measuring import Extraction, extract_activations, quarantine
-from fac_ray.activations.measuring import measuring as stage
+from fac_ray.activations import measuring as stage
+from fac_ray.activations import quarantine
+from fac_ray.activations.measuring import Extraction, extract_activations
 from fac_ray.activations.parts import committed_totals
 from fac_ray.artifacts import parquet_files, read_table, storing, write_table
 from fac_ray.config import RunConfig, config_from_tree
@@ -214,7 +215,7 @@ import sys, threading, time
 from pathlib import Path
 import ray, ray._common.utils, ray._private.utils
 from ray.cluster_utils import Cluster
-from fac_ray.activations.measuring import measuring as activations
+from fac_ray.activations import measuring as activations
 from fac_ray.config import load_config
 from fac_ray.activations.parts import committed_ids
 from fac_ray.progress import Progress
