@@ -255,7 +255,6 @@ def remove_a_working_node():
     cluster.remove_node(victim, allow_graceful=False)
     removed.touch()
     print("removed", flush=True)
-    cluster.add_node(num_cpus=4, **node)
 
 remover = threading.Thread(target=remove_a_working_node, daemon=True)
 remover.start()
@@ -281,7 +280,7 @@ def test_a_node_that_leaves_changes_no_row(samples, tree, undisturbed, tmp_path,
         told, _ = driver.communicate(timeout=240)
     finally:
         end_session(driver.pid)
-    assert (told.split(), driver.wait()) == (["removed"], 0)
+    assert ("removed" in told.splitlines(), driver.wait()) == (True, 0)  # Ray says more about a lost node
     rows = read_table(tmp_path / "out").to_pylist()
     assert len(rows) == NUM_SAMPLES
     assert_same({row["sample_id"]: row for row in rows}, undisturbed)
