@@ -109,7 +109,7 @@ def sample_memory(driver: int) -> Counter[str]:
         return sizes
     for process in processes:
         try:
-            size, name = process.memory_full_info().pss, " ".join(process.cmdline())
+            size, name = process.memory_full_info().pss, " ".join(process.cmdline()).strip()
         except psutil.Error:  # it has ended meanwhile
             continue
         title = "driver" if process.pid == driver else name if name.startswith("ray::") else "services"

@@ -4,10 +4,10 @@
 
 Three ways in turn, some rounds of them: the bare extractor in this process, all samples in one call; the pipeline with
 one actor of as many threads; with two actors that share the cores. The rate of the pipeline is that of its steady
-state: tokens of the parts that were committed after the first, over the time from the first commit to the last. What
-comes before the first commit (Ray's workers, loading model and SAE in every actor, the first part) is its start-up,
-reported apart, as is the start of Ray itself. Beside each rate per second of the clock stands the rate per second of
-CPU, all processes together: on a machine that others use, the clock measures them too.
+state: from the moment when as many parts are committed as there are actors, to the last commit. What comes before
+(Ray's workers, loading model and SAE in every actor, the first parts) is its start-up, reported apart, as is the start
+of Ray itself. Beside each rate per second of the clock stands the rate per second of CPU, all processes together: on a
+machine that others use, the clock measures them too.
 
 The rows of the ways are compared: ids, tokens and errors are equal, activations within the rounding of another batch.
 """
@@ -36,7 +36,7 @@ from shapes import CHATS, SHAPE_M, Shape, as_samples, read_chats, sample_row, sa
 
 from fac_ray.activations.measuring import extract_activations
 from fac_ray.activations.parts import committed_ids
-from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
+from fac_ray.artifacts import read_table, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
 from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.progress import Progress
@@ -48,7 +48,7 @@ CLOCK_INTERVAL_S = 0.2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chats", type=int, default=512)
+    parser.add_argument("--chats", type=int, default=1024)
     parser.add_argument("--width", type=int, default=SHAPE_M.d_model // 2, help="d_model; shape M has 1024")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=2)
@@ -128,23 +128,24 @@ def run_pipeline(folder: Path, output: Path, config: RunConfig, num_actors: int)
         facts = extract_activations(
             folder / "samples", output, config.model_copy(update={"measure": measure}), Progress.silent()
         )
-    parts = committed_ids(output)
-    commits = sorted((part.stat().st_mtime, part.stem) for part in parts)
-    (first_s, first), (last_s, _) = commits[0], commits[-1]
-    num_tokens = facts["num_tokens"] - sum(
-        sum(pq.read_table(path, columns=["num_tokens"])["num_tokens"].to_pylist())
-        for path in parquet_files(output)
-        if path.stem.startswith(first)
-    )
+    commits = sorted((ids.stat().st_mtime, ids.stem) for ids in committed_ids(output))
+    first_s, last_s = commits[num_actors - 1][0], commits[-1][0]
+    num_tokens = facts["num_tokens"] - sum(tokens_of(output, name) for _, name in commits[:num_actors])
     return {
         "num_tokens": facts["num_tokens"],
         "num_parts": len(commits),
         "wall_s": round(last_s - started_s, 1),
-        "until_first_commit_s": round(first_s - started_s, 1),
+        "start_up_s": round(first_s - started_s, 1),
         "steady_tokens": num_tokens,
         "tokens_per_s": round(num_tokens / (last_s - first_s), 1),
         "tokens_per_cpu_s": round(num_tokens / (clock.cpu_s_at(last_s) - clock.cpu_s_at(first_s)), 1),
     }
+
+
+def tokens_of(output: Path, name: str) -> int:
+    """Tokens of the committed part of that name."""
+    [part] = output.glob(f"{name}-*.parquet")
+    return sum(pq.read_table(part, columns=["num_tokens"])["num_tokens"].to_pylist())
 
 
 class CpuClock:

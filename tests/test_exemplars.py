@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fac_ray.coverage.counts import exemplars
+from fac_ray.coverage import exemplars
 from fac_ray.coverage.exemplars import ExemplarsFold, TopExemplars, span_of
 from fac_ray.schema import ACTIVATIONS
 
