@@ -88,9 +88,11 @@ def measure(folder: Path, config: RunConfig, num_rounds: int) -> dict[str, Any]:
     for number in range(num_rounds):
         bare, expected = run_bare(extractor, samples)
         runs["bare"].append(bare)
+        click.echo(f"bare: {bare}", err=True)
         for name, num_actors in (("one_actor", 1), ("two_actors", 2)):
             output = folder / f"{name}-{number}"
             runs[name].append({**run_pipeline(folder, output, config, num_actors), **difference(output, expected)})
+            click.echo(f"{name}: {runs[name][-1]}", err=True)
     ray.shutdown()
     return {
         "threads": torch.get_num_threads(),
