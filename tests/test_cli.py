@@ -155,7 +155,7 @@ def test_the_reason_of_a_remote_failure_is_what_the_task_raised(ray_cluster):
 
 def test_ctrl_c_ends_the_process_with_130():
     code = (
-        "import time; from fac_ray.cli import reported\nwith reported():\n print('ready', flush=True); time.sleep(60)"
+        "import time; from fac_ray.invocation import reported\nwith reported():\n print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
