@@ -21,12 +21,13 @@ import multiprocessing
 import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from stopwatch import count_cpu_time, timed
 from torch import Tensor
 from torch.nn import functional
 
@@ -120,7 +121,7 @@ def measure_times(encoding: Encoding, num_chunks: int) -> dict[str, float]:
     for chunk in range(num_chunks + 1):
         x = encoding.tokens(encoding.chunk_tokens, seed=chunk)
         for name in ways:
-            seconds[name].append(_seconds(getattr(encoding, name), x, encoding.device))
+            seconds[name].append(timed(partial(getattr(encoding, name), x)))
     found = {f"{name}_s": statistics.median(values[1:]) for name, values in seconds.items()}  # the first one warms up
     for name, product in PRODUCT_OF.items():
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds[product][1:], strict=True)]
@@ -129,19 +130,6 @@ def measure_times(encoding: Encoding, num_chunks: int) -> dict[str, float]:
         2 * encoding.chunk_tokens * encoding.d_model * encoding.d_sae / found["product_s"]
     )
     return found
-
-
-def _seconds(run: Callable[[Tensor], object], x: Tensor, device: str) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    run(x)
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 # ---- equal results ----
@@ -209,7 +197,10 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--num-chunks", type=int, default=12, help="rounds; each runs every way on one chunk of tokens")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread and its processor time, on a busy machine")
     options = parser.parse_args()
+    if options.cpu_time:
+        count_cpu_time()
     sizes = Sizes(options.d_model, options.d_sae, options.k, options.device)
     memory = measure_memory(sizes, chunks=(1, 4, 16))
     encoding = Encoding(*sizes)

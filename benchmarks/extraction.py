@@ -20,7 +20,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from shapes import CHATS, SHAPES, Shape, as_samples, load_whole_model, read_chats, save_model, save_sae
-from stopwatch import Stopwatch
+from stopwatch import Stopwatch, count_cpu_time, timed
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -156,7 +155,7 @@ def matrix_rate(work: Work, dtype: torch.dtype) -> float:
 def _product_rate(width: int, num_columns: int, dtype: torch.dtype, device: str, repeats: int = 3) -> float:
     x = torch.randn(RATE_TOKENS, width, device=device).to(dtype)
     weight = torch.randn(num_columns, width, device=device).to(dtype)
-    times = [timed(lambda: functional.linear(x, weight))[0] for _ in range(repeats + 1)]
+    times = [timed(lambda: functional.linear(x, weight)) for _ in range(repeats + 1)]
     return 2 * RATE_TOKENS * width * num_columns / statistics.median(times[1:])
 
 
@@ -171,20 +170,6 @@ def needed_operations(shape: Shape, tokenized: Sequence[TokenizedSample]) -> flo
 
 
 # ---- measuring ----
-
-
-def timed(run: Callable[[], object]) -> tuple[float, object]:
-    """(seconds, what it returned)."""
-    _wait()
-    start = time.perf_counter()
-    result = run()
-    _wait()
-    return time.perf_counter() - start, result
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def measure_rates(work: Work, dtype: torch.dtype, repeats: int) -> dict[str, list[float]]:
@@ -203,7 +188,7 @@ def measure_rates(work: Work, dtype: torch.dtype, repeats: int) -> dict[str, lis
     for _ in range(repeats):
         limits = [matrix_rate(work, dtype)]
         for name, (part, run) in ways.items():
-            rates[name].append(part.tokens() / timed(run)[0])
+            rates[name].append(part.tokens() / timed(run))
             limits.append(matrix_rate(work, dtype))
         rates["limit"].append(work.tokens() * statistics.median(limits) / operations)
     return rates
@@ -324,7 +309,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds; each runs every way once")
     parser.add_argument("--shape", choices=SHAPES, default="m")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread and its processor time, on a busy machine")
     options = parser.parse_args()
+    if options.cpu_time:
+        count_cpu_time()
     with tempfile.TemporaryDirectory() as folder:
         figures = report(
             prepare(Path(folder), SHAPES[options.shape], options.device, options.num_chats), options.repeats

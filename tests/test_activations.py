@@ -16,8 +16,8 @@ import pytest
 from processes import wait_for_session
 from tiny_llama import save_authors_sae, save_llama
 
+from fac_ray.activations import measuring as stage
 from fac_ray.activations.measuring import Pool, extract_activations, plan_pool
-from fac_ray.activations.measuring import measuring as stage
 from fac_ray.activations.parts import PENDING, committed_ids, committed_totals
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
 from fac_ray.config import ConfigError, RunConfig, config_from_tree

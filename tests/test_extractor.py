@@ -129,6 +129,21 @@ def test_batches_and_order_do_not_show_in_the_result(paths, corrected):
     assert_equal(extractor_of(paths, batch_tokens=64).extract(samples), alone)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "num_windows"),
+    [
+        ([100] * 50, 40),  # 4,096 tokens hold 40 of 100 tokens
+        ([100] * 5, 5),
+        ([5000, 5000], 1),  # a window above the budget goes alone
+        ([100, 90, 80, 70, 10], 4),  # padding of 10 + 20 + 30 = 60 tokens; with the fifth 150
+        ([100, 10, 10], 1),
+    ],
+)
+def test_a_batch_holds_what_budget_and_padding_allow(corrected, lengths, num_windows):
+    assert extractor_module.PADDING_TOKENS["cpu"] == 64
+    assert corrected._num_windows(lengths) == num_windows
+
+
 @pytest.mark.parametrize("activation", ["native", "dense"])
 def test_stretches_of_the_sae_do_not_show_in_the_result(paths, monkeypatch, activation):
     extractor = extractor_of(paths, activation=activation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,3 +80,17 @@ def test_merging_is_associative_commutative_and_idempotent(a, b, c):
     merged = as_lists([merge_peaks([a, b, c])])
     assert as_lists([merge_peaks([merge_peaks([c, b]), a])]) == merged
     assert as_lists([merge_peaks([b, merge_peaks([a, c]), c, b])]) == merged
+
+
+@pytest.mark.parametrize("active_fraction", [0.01, 0.9])
+def test_few_and_many_active_features_have_the_same_first_tokens(active_fraction):
+    """Whole numbers, so that several tokens share the largest activation."""
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randint(1, 4, (12, 200), generator=generator).float()
+    activations *= torch.rand(12, 200, generator=generator) < active_fraction
+    found = [*dense_peaks(activations, [0, 5, 12])]
+    for peaks, (start, stop) in zip(found, pairwise([0, 5, 12]), strict=True):
+        columns = activations[start:stop].numpy()
+        kept = np.flatnonzero(columns.max(axis=0) > 0)
+        assert peaks.feature_ids.tolist() == kept.tolist()
+        assert peaks.tokens.tolist() == (start + columns[:, kept].argmax(axis=0)).tolist()

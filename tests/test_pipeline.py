@@ -18,7 +18,7 @@ import pytest
 from tiny_llama import save_authors_sae, save_llama
 
 from fac_ray import pipeline
-from fac_ray.activations.measuring import measuring as activations
+from fac_ray.activations import measuring as activations
 from fac_ray.artifacts import MARKER
 from fac_ray.config import ConfigError, config_from_tree
 

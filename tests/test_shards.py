@@ -11,12 +11,12 @@ from test_pipeline import numbers, text_of
 from tiny_llama import save_authors_sae, save_llama
 
 from fac_ray import pipeline
-from fac_ray.activations.measuring import parts
+from fac_ray.activations import parts
 from fac_ray.activations.parts import CHECKPOINT_FOLDER, PENDING, committed_ids, unmeasured_parts
 from fac_ray.artifacts import parquet_files, read_table, write_table
 from fac_ray.config import CorpusConfig, config_from_tree
 from fac_ray.corpus.ingestion import ingest_corpus
-from fac_ray.coverage.counts import reduction
+from fac_ray.coverage import reduction
 from fac_ray.progress import Progress
 from fac_ray.schema import content_id, sample_id
 

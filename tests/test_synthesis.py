@@ -22,6 +22,7 @@ from fac_ray.artifacts import read_table
 from fac_ray.config import ConfigError, RunConfig, SynthesisConfig, config_from_tree
 from fac_ray.progress import Progress
 from fac_ray.schema import CANDIDATES, GAPS, SAMPLES, SYNTHETIC
+from fac_ray.synthesis import loop as synthesis
 from fac_ray.synthesis.candidates import (
     Reply,
     Target,
@@ -34,7 +35,6 @@ from fac_ray.synthesis.candidates import (
     untargeted_requests,
 )
 from fac_ray.synthesis.engines import engine_pool, generator_options, verifier_options
-from fac_ray.synthesis.loop import loop as synthesis
 
 NUM_FEATURES = 6
 WORDS = ["please", "order", "my", "card", "money", "back", *(f"word{i}" for i in range(NUM_FEATURES - 1))]

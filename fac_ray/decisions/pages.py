@@ -255,4 +255,5 @@ def _change_lines(key: str, meaning: str, facts: dict[str, Any], num_shown: int)
     if key not in facts:
         return []
     rows = facts[key]
-    return ["", f"{count(len(rows))} features {key} ({meaning})", *feature_lines(rows, num_shown)]
+    number = f"{count(len(rows))} feature{'' if len(rows) == 1 else 's'}" if rows else "No feature"
+    return ["", f"{number} {key} ({meaning})", *feature_lines(rows, num_shown)]

@@ -54,8 +54,11 @@ class MixingBuffer:
         self._blocks, self._buffer_tokens, self._batch_tokens = blocks, buffer_tokens, batch_tokens
         self._position = state.position if state else Position()
         self._num_skipped = state.num_skipped if state else 0
-        self._serving = [] if state is None else list(state.serving.split(batch_tokens))[::-1]
-        self._kept = None if state is None else state.kept
+        served = (
+            state.serving.split(batch_tokens) if state and len(state.serving) else ()
+        )  # none splits into one of none
+        self._serving = list(served)[::-1]
+        self._kept = state.kept if state and len(state.kept) else None
 
     @property
     def state(self) -> BufferState:
