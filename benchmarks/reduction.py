@@ -248,6 +248,7 @@ def _activation_rows(
         "sample_id": [hash_of("sample", str(number)) for number in range(first, first + size)],
         **{name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()},
         "num_tokens": pa.array(random.integers(50, 400, size), pa.int32()),
+        "num_sinks": np.zeros(size, np.int32),
         "truncated": np.zeros(size, bool),
         "error": pa.nulls(size, pa.string()),
     }

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fac_ray.coverage import exemplars
-from fac_ray.coverage.exemplars import ExemplarsFold, TopExemplars, span_of
+from fac_ray.coverage.exemplars import ExemplarsFold, TopExemplars, span_of, strengths, weakest_equal
 from fac_ray.schema import ACTIVATIONS
 
 D_SAE = 4
@@ -105,6 +105,18 @@ def test_activations_that_differ_in_their_last_bits_are_equals():
     # a bfloat16 has 8 significant bits: near 1 its neighbours are 1/128 apart, and 1 + 1/300 is nearer to 1
     assert listed(top_of([("b", {1: 1 + 1 / 300}), ("a", {1: 1.0})], num_kept=1)) == [(1, 1.0, "a")]
     assert listed(top_of([("b", {1: 1 + 1 / 200}), ("a", {1: 1.0})], num_kept=1)) == [(1, pytest.approx(1.005), "b")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0, 2.0**90, width=32))
+@example(0.0)
+@example(1 + 1 / 256)  # halfway between two bfloat16
+def test_the_weakest_equal_is_the_smallest_float_of_its_strength(activation):
+    weakest = weakest_equal(np.array([activation], np.float32))
+    assert weakest <= np.float32(activation)
+    assert strengths(weakest) == strengths(np.array([activation], np.float32))
+    below = np.nextafter(weakest, np.float32(-1))
+    assert weakest == 0 or strengths(below) < strengths(weakest)
 
 
 def test_peaks_stay_with_their_pairs_and_survive_bytes():

@@ -8,15 +8,16 @@ the result depends neither on the order of rows nor on the last bits, which a ma
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int, UInt32, UInt64
 
-from fac_ray.coverage.counts import SparseRows, flat_values, sparse_rows
+from fac_ray.coverage.counts import flat_values, sparse_rows
 
 PEAKS = pa.schema(
     [
@@ -32,8 +33,6 @@ KEY_BITS = np.uint64(16)
 """Bits of a sort key that hold the activation; above them stands the feature."""
 MIN_WAITING = 1 << 18
 """Pairs that wait for a merge, if there are not more than that among the strongest."""
-NO_KEY = np.uint64(2**64 - 1)
-"""Larger than every sort key."""
 
 WORD = re.compile(r"\S{1,40}")  # a run without spaces is cut into pieces, so that no span grows without bound
 
@@ -73,7 +72,8 @@ class TopExemplars:
             raise ValueError(f"parts that keep {sorted({p.num_kept for p in parts})} exemplars do not merge")
         rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
         key = _sort_key(rows["feature_id"].to_numpy(), rows["activation"].to_numpy())
-        return cls(parts[0].num_kept, rows.take(pa.array(_strongest(key, rows["sample_id"], parts[0].num_kept))))
+        kept = _strongest(key, lambda at: rows["sample_id"].take(pa.array(at)), parts[0].num_kept)
+        return cls(parts[0].num_kept, rows.take(pa.array(kept)))
 
     def merge(self, other: TopExemplars) -> TopExemplars:
         """The strongest of the rows of both.
@@ -100,12 +100,15 @@ class ExemplarsFold:
     """The strongest of many ACTIVATIONS rows, some rows at a time.
 
     Nearly all pairs of a large corpus are weaker than the `num_kept`-th strongest of their feature so far, and are
-    dropped by one comparison. The others wait, until they are as many as the rows kept, for a merge.
+    dropped by one comparison. The others wait, until they are as many as those kept, for a merge.
     """
 
     def __init__(self, num_kept: int, d_sae: int) -> None:
-        self._top, self._waiting = TopExemplars.empty(num_kept), [TopExemplars.empty(num_kept)]
-        self._last_key = np.full(d_sae, NO_KEY)  # of the last row kept; NO_KEY while there is room
+        self._num_kept = num_kept
+        self._top, self._waiting = _Peaks.empty(), [_Peaks.empty()]
+        self._sample_ids: list[pa.ChunkedArray] = []
+        self._num_samples = 0
+        self._bar = np.full(d_sae, -np.inf, np.float32)  # what is below cannot be kept
 
     def fold(self, rows: pa.Table) -> None:
         """Add ACTIVATIONS rows.
@@ -113,24 +116,49 @@ class ExemplarsFold:
         Raises:
             ValueError: the lists do not fit together, or a feature_id lies outside [0, d_sae).
         """
-        pairs, num_kept = sparse_rows(rows, len(self._last_key)), self._top.num_kept
-        key = _sort_key(pairs.feature_ids, pairs.activations)
-        at = np.flatnonzero(key <= self._last_key[pairs.feature_ids])
-        self._waiting.append(TopExemplars(num_kept, _peaks(rows, pairs, at)))
-        if sum(len(part.rows) for part in self._waiting) > max(MIN_WAITING, len(self._top.rows)):
+        pairs = sparse_rows(rows, len(self._bar))
+        at = np.flatnonzero(pairs.activations >= self._bar[pairs.feature_ids])
+        start, end = (flat_values(rows, name)[at] for name in ("peak_start", "peak_end"))
+        sample = pairs.row[at] + self._num_samples
+        self._waiting.append(_Peaks(pairs.feature_ids[at], pairs.activations[at], sample, start, end))
+        self._sample_ids.append(rows["sample_id"])
+        self._num_samples += len(rows)
+        if sum(len(part.sample) for part in self._waiting) > max(MIN_WAITING, len(self._top.sample)):
             self._merge()
 
     def result(self) -> TopExemplars:
         """The strongest of all rows so far."""
         self._merge()
-        return self._top
+        columns = {**self._top._asdict(), "sample_id": self._ids_of(self._top.sample)}
+        return TopExemplars(self._num_kept, pa.table({name: columns[name] for name in PEAKS.names}).cast(PEAKS))
 
     def _merge(self) -> None:
-        self._top = TopExemplars.merge_all([self._top, *self._waiting])
-        self._waiting = []
-        ids = self._top.rows["feature_id"].to_numpy()
-        last = _rank_in_group(ids) == self._top.num_kept - 1
-        self._last_key[ids[last]] = _sort_key(ids[last], self._top.rows["activation"].to_numpy()[last])
+        parts = [self._top, *self._waiting]
+        joined = _Peaks(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        key = _sort_key(joined.feature_id, joined.activation)
+        kept = _strongest(key, lambda at: self._ids_of(joined.sample[at]), self._num_kept)
+        self._top, self._waiting = _Peaks(*(column[kept] for column in joined)), []
+        last = _rank_in_group(self._top.feature_id) == self._num_kept - 1
+        self._bar[self._top.feature_id[last]] = weakest_equal(self._top.activation[last])
+
+    def _ids_of(self, samples: Int[np.ndarray, " some"]) -> pa.ChunkedArray:
+        self._sample_ids = [pa.chunked_array(self._sample_ids, pa.string()).combine_chunks()]
+        return pa.chunked_array(self._sample_ids, pa.string()).take(pa.array(samples, pa.int64()))
+
+
+class _Peaks(NamedTuple):
+    """The columns of PEAKS, samples by their number in the fold: strings are slow to move."""
+
+    feature_id: Int[np.ndarray, " pairs"]
+    activation: Float[np.ndarray, " pairs"]
+    sample: Int[np.ndarray, " pairs"]
+    peak_start: Int[np.ndarray, " pairs"]
+    peak_end: Int[np.ndarray, " pairs"]
+
+    @classmethod
+    def empty(cls) -> _Peaks:
+        none = np.zeros(0, np.int32)
+        return cls(none, np.zeros(0, np.float32), np.zeros(0, np.int64), none, none)
 
 
 def strengths(activations: Float[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
@@ -140,6 +168,12 @@ def strengths(activations: Float[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     """
     bits = (np.maximum(activations, np.float32(0)) + np.float32(0)).view(np.uint32)
     return (bits + np.uint32(0x8000)) >> np.uint32(16)
+
+
+def weakest_equal(activations: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The smallest float32 that has the strength of each activation."""
+    bits = strengths(activations) << np.uint32(16)
+    return (np.maximum(bits, np.uint32(0x8000)) - np.uint32(0x8000)).view(np.float32)
 
 
 def span_of(text: str, peak_start: int, peak_end: int, span_words: int) -> str:
@@ -173,20 +207,8 @@ def _words_around(text: str, peak_start: int, peak_end: int, span_words: int) ->
     return words, first, last
 
 
-def _peaks(rows: pa.Table, pairs: SparseRows, at: Int[np.ndarray, " some"]) -> pa.Table:
-    """PEAKS rows of the pairs of ACTIVATIONS rows that stand at some positions."""
-    table = {
-        "feature_id": pairs.feature_ids[at],
-        "activation": pairs.activations[at],
-        "sample_id": rows["sample_id"].take(pa.array(pairs.row[at])),
-        "peak_start": flat_values(rows, "peak_start")[at],
-        "peak_end": flat_values(rows, "peak_end")[at],
-    }
-    return pa.table(table).cast(PEAKS)
-
-
 def _strongest(
-    key: UInt64[np.ndarray, " pairs"], sample_ids: pa.ChunkedArray, num_kept: int
+    key: UInt64[np.ndarray, " pairs"], ids_at: Callable[[Int[np.ndarray, " some"]], pa.ChunkedArray], num_kept: int
 ) -> Int[np.ndarray, " kept"]:
     """Where the first `num_kept` pairs of each feature stand: rounded activation descending, then sample_id ascending.
 
@@ -201,7 +223,7 @@ def _strongest(
     tied = np.append(equals_next, False) | np.append(False, equals_next)
     if len(order) and tied.any():
         at = order[tied]
-        order[tied] = at[np.lexsort((_ranks(sample_ids.take(pa.array(at))), key[at]))]
+        order[tied] = at[np.lexsort((_ranks(ids_at(at)), key[at]))]
     return order[_rank_in_group(_features_of(key[order])) < num_kept]
 
 
