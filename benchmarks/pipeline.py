@@ -113,6 +113,7 @@ def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     for kind in ("tokens_per_s", "tokens_per_cpu_s"):
         middle = {name: float(np.median([run[kind] for run in each])) for name, each in runs.items()}
         found[f"one_actor_over_bare_{kind}"] = round(middle["one_actor"] / middle["bare"], 3)
+        found[f"two_actors_over_bare_{kind}"] = round(middle["two_actors"] / middle["bare"], 3)
         found[f"two_actors_over_one_{kind}"] = round(middle["two_actors"] / middle["one_actor"], 3)
     return found
 
