@@ -1,6 +1,6 @@
 """What Ray costs: the extraction pipeline beside the bare extractor, on the same samples, cores and threads.
 
-    python benchmarks/pipeline.py [--chats N] [--width 512] [--rounds 2] [--json FILE]
+    python benchmarks/pipeline.py [--chats N] [--messages N] [--width 512] [--rounds 2] [--json FILE]
 
 Three ways in turn, some rounds of them: the bare extractor in this process, all samples in one call; the pipeline with
 one actor of as many threads; with two actors that share the cores. The rate of the pipeline is that of its steady
@@ -20,6 +20,7 @@ import os
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +43,29 @@ from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.progress import Progress
 from fac_ray.schema import SAMPLES
 
-WARM_UP_SAMPLES = 8
+WARM_UP_SAMPLES = 128
 CLOCK_INTERVAL_S = 0.2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chats", type=int, default=1024)
+    parser.add_argument("--messages", type=int, help="cut chats to their first messages; default: whole chats")
     parser.add_argument("--width", type=int, default=SHAPE_M.d_model // 2, help="d_model; shape M has 1024")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp") as temporary:
-        config = write_world(Path(temporary), arguments.chats, shape_of(arguments.width), arguments.dtype)
+        config = write_world(
+            Path(temporary), arguments.chats, arguments.messages, shape_of(arguments.width), arguments.dtype
+        )
         runs = measure(Path(temporary), config, arguments.rounds)
     report = {
         "shape": shape_of(arguments.width)._asdict(),
         "dtype": arguments.dtype,
         "num_chats": arguments.chats,
+        "num_messages": arguments.messages,
         **runs,
     }
     click.echo(json.dumps(report, indent=2))
@@ -108,6 +113,7 @@ def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     for kind in ("tokens_per_s", "tokens_per_cpu_s"):
         middle = {name: float(np.median([run[kind] for run in each])) for name, each in runs.items()}
         found[f"one_actor_over_bare_{kind}"] = round(middle["one_actor"] / middle["bare"], 3)
+        found[f"two_actors_over_bare_{kind}"] = round(middle["two_actors"] / middle["bare"], 3)
         found[f"two_actors_over_one_{kind}"] = round(middle["two_actors"] / middle["one_actor"], 3)
     return found
 
@@ -170,19 +176,13 @@ class CpuClock:
         return float(np.interp(time_s, at, cpu_s))
 
     def _follow(self) -> None:
+        seconds: dict[tuple[int, float], float] = {}  # of each process, also of those that have ended
         while not self._stop.wait(CLOCK_INTERVAL_S):
-            self._times.append((time.time(), _cpu_seconds()))
-
-
-def _cpu_seconds() -> float:
-    """Of this process, its living descendants and those that ended and were waited for."""
-    total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            total += sum(process.cpu_times()[:4])
-        except psutil.Error:
-            continue  # it has ended meanwhile
-    return total
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with suppress(psutil.Error):
+                    times = process.cpu_times()
+                    seconds[process.pid, process.create_time()] = times.user + times.system
+            self._times.append((time.time(), sum(seconds.values())))
 
 
 def difference(output: Path, expected: pa.Table) -> dict[str, Any]:
@@ -220,9 +220,9 @@ def shape_of(width: int) -> Shape:
     )
 
 
-def write_world(folder: Path, num_chats: int, shape: Shape, dtype: str) -> RunConfig:
+def write_world(folder: Path, num_chats: int, num_messages: int | None, shape: Shape, dtype: str) -> RunConfig:
     """Write model, SAE and samples; returns the config that names them."""
-    chats = read_chats(CHATS, num_chats)
+    chats = [chat[:num_messages] for chat in read_chats(CHATS, num_chats)]
     save_model(folder / "model", shape, chats)
     save_sae(folder / "sae", shape)
     rows = [sample_row(text, messages, row) for row, (text, messages) in enumerate(as_samples(chats))]

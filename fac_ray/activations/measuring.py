@@ -200,7 +200,7 @@ def _run(parts: list[tuple[Path, int]], output_folder: Path, config: RunConfig) 
         samples = ray.data.read_parquet(
             [str(path) for path, _ in parts],
             columns=["sample_id", "text", "messages"],
-            concurrency=pool.num_actors + 1,  # a reader feeds many actors, and each is a process with its memory
+            concurrency=min(len(parts), pool.num_actors + 1),  # a reader feeds many actors, and is a process more
         )
         samples.repartition(target_num_rows_per_block=block_samples).map_batches(
             Extraction,

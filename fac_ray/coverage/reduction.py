@@ -53,7 +53,7 @@ MERGE_EVERY = 6
 SPARE_EXEMPLARS = 3
 """Times `num_exemplars` that are kept until duplicates among the spans are known."""
 
-HEX_ID = re.compile("[0-9a-f]{32}")
+HEX_ID = "^[0-9a-f]{32}$"
 LABELS = pa.schema([("feature_id", pa.int32()), ("labelled", pa.int64()), ("positive", pa.int64())])
 
 
@@ -174,7 +174,9 @@ class SampleLabels:
 
 def id_numbers(sample_ids: pa.ChunkedArray) -> UInt64[np.ndarray, " rows"]:
     """Sample ids as 64-bit integers: the first 16 of their 32 hex digits; an id of another form is hashed first."""
-    ids = [text if HEX_ID.fullmatch(text) else hash_of("id", text) for text in sample_ids.to_pylist()]
+    ids = sample_ids.to_pylist()
+    if not pc.all(pc.match_substring_regex(sample_ids, HEX_ID)).as_py():
+        ids = [text if re.fullmatch(HEX_ID, text) else hash_of("id", text) for text in ids]
     return np.frombuffer(bytes.fromhex("".join(ids)), ">u8")[::2].astype(np.uint64)
 
 
