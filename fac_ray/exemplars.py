@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Float, Int, UInt32, UInt64
 
 from fac_ray.coverage import flat_values, sparse_rows
 
@@ -102,6 +102,15 @@ class TopExemplars:
         return cls(num_kept, pa.ipc.open_stream(data).read_all())
 
 
+def strengths(activations: Float[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
+    """The bits of the nearest bfloat16, ordered as the activations are, which equals share; negative ones count as 0.
+
+    The bits of floats that are not negative are ordered as the floats are; the upper half of them is the bfloat16.
+    """
+    bits = (np.maximum(activations, np.float32(0)) + np.float32(0)).view(np.uint32)
+    return (bits + np.uint32(0x8000)) >> np.uint32(16)
+
+
 def span_of(text: str, peak_start: int, peak_end: int, span_words: int) -> str:
     """About `span_words` words of a text around its peak token, cut at word boundaries.
 
@@ -165,12 +174,8 @@ def _ranks(texts: pa.ChunkedArray) -> Int[np.ndarray, " texts"]:
 def _sort_key(
     feature_ids: Int[np.ndarray, " pairs"], activations: Float[np.ndarray, " pairs"]
 ) -> UInt64[np.ndarray, " pairs"]:
-    """One integer that sorts by feature ascending, then by activation, rounded to the nearest bfloat16, descending.
-
-    The bits of floats that are not negative are ordered as the floats are; the upper half of them is the bfloat16.
-    """
-    bits = (np.maximum(activations, np.float32(0)) + np.float32(0)).view(np.uint32).astype(np.uint64)
-    rounded = (bits + np.uint64(0x8000)) >> np.uint64(16)
+    """One integer that sorts by feature ascending, then by strength descending."""
+    rounded = strengths(activations).astype(np.uint64)
     return (feature_ids.astype(np.uint64) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - rounded)
 
 
