@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Int, UInt32, UInt64
+from jaxtyping import Float, Int, UInt64
 
 from fac_ray.coverage import flat_values, sparse_rows
 
@@ -76,10 +76,8 @@ class TopExemplars:
         """
         if len({part.num_kept for part in parts}) != 1:
             raise ValueError(f"parts that keep {sorted({p.num_kept for p in parts})} exemplars do not merge")
-        rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
-        ids, activations = rows["feature_id"].to_numpy(), rows["activation"].to_numpy()
-        kept = _strongest(ids, activations, lambda at: rows["sample_id"].take(pa.array(at)), parts[0].num_kept)
-        return cls(parts[0].num_kept, rows.take(pa.array(kept)))
+        rows = pa.concat_tables([part.rows for part in parts])
+        return cls(parts[0].num_kept, strongest(rows, parts[0].num_kept))
 
     def merge(self, other: TopExemplars) -> TopExemplars:
         """The strongest of the rows of both.
@@ -102,13 +100,15 @@ class TopExemplars:
         return cls(num_kept, pa.ipc.open_stream(data).read_all())
 
 
-def strengths(activations: Float[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
-    """The bits of the nearest bfloat16, ordered as the activations are, which equals share; negative ones count as 0.
+def strongest(rows: pa.Table, num_kept: int) -> pa.Table:
+    """The first `num_kept` rows of each feature, in the order of `TopExemplars.rows`.
 
-    The bits of floats that are not negative are ordered as the floats are; the upper half of them is the bfloat16.
+    The rows have at least the columns feature_id, activation and sample_id.
     """
-    bits = (np.maximum(activations, np.float32(0)) + np.float32(0)).view(np.uint32)
-    return (bits + np.uint32(0x8000)) >> np.uint32(16)
+    rows = rows.combine_chunks()
+    ids, activations = rows["feature_id"].to_numpy(), rows["activation"].to_numpy()
+    kept = _strongest(ids, activations, lambda at: rows["sample_id"].take(pa.array(at)), num_kept)
+    return rows.take(pa.array(kept))
 
 
 def span_of(text: str, peak_start: int, peak_end: int, span_words: int) -> str:
@@ -174,8 +174,12 @@ def _ranks(texts: pa.ChunkedArray) -> Int[np.ndarray, " texts"]:
 def _sort_key(
     feature_ids: Int[np.ndarray, " pairs"], activations: Float[np.ndarray, " pairs"]
 ) -> UInt64[np.ndarray, " pairs"]:
-    """One integer that sorts by feature ascending, then by strength descending."""
-    rounded = strengths(activations).astype(np.uint64)
+    """One integer that sorts by feature ascending, then by activation, rounded to the nearest bfloat16, descending.
+
+    The bits of floats that are not negative are ordered as the floats are; the upper half of them is the bfloat16.
+    """
+    bits = (np.maximum(activations, np.float32(0)) + np.float32(0)).view(np.uint32)
+    rounded = (bits + np.uint32(0x8000)) >> np.uint32(16)
     return (feature_ids.astype(np.uint64) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - rounded)
 
 

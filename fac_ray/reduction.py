@@ -26,7 +26,7 @@ from jaxtyping import Int, UInt64
 from fac_ray.artifacts import parquet_files, read_table, write_json, write_table
 from fac_ray.config import MeasureConfig
 from fac_ray.coverage import NEGATIVE, POSITIVE, UNLABELLED, CorpusCoverage, CountsFold, FeatureCounts
-from fac_ray.exemplars import TopExemplars, span_of, strengths
+from fac_ray.exemplars import TopExemplars, span_of, strongest
 from fac_ray.schema import ACTIVATIONS, COVERAGE, EXEMPLARS, hash_of, require_columns
 
 if TYPE_CHECKING:
@@ -278,9 +278,7 @@ def _cut_part_spans(batch: pa.Table, wanted: ray.ObjectRef, span_words: int) -> 
 
 def _rank_spans(spans: pa.Table, num_exemplars: int) -> pa.Table:
     """EXEMPLARS: of each feature the strongest spans that differ, so that a text that recurs fills one rank."""
-    strength = pa.array(strengths(spans["activation"].to_numpy()))
-    order = [("feature_id", "ascending"), ("strength", "descending"), ("sample_id", "ascending")]
-    spans = spans.append_column("strength", strength).sort_by(order).drop_columns("strength")
+    spans = strongest(spans, len(spans))
     ids, texts = spans["feature_id"].to_pylist(), spans["span"].to_pylist()
     kept, ranks, previous = [], [], None
     seen: set[str] = set()

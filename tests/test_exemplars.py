@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fac_ray.exemplars import TopExemplars, span_of
+from fac_ray.exemplars import TopExemplars, span_of, strongest
 from fac_ray.schema import ACTIVATIONS
 
 D_SAE = 4
@@ -73,6 +73,14 @@ def test_activations_that_differ_in_their_last_bits_are_equals():
     # a bfloat16 has 8 significant bits: near 1 its neighbours are 1/128 apart, and 1 + 1/300 is nearer to 1
     assert listed(top_of([("b", {1: 1 + 1 / 300}), ("a", {1: 1.0})], num_kept=1)) == [(1, 1.0, "a")]
     assert listed(top_of([("b", {1: 1 + 1 / 200}), ("a", {1: 1.0})], num_kept=1)) == [(1, pytest.approx(1.005), "b")]
+
+
+def test_rows_with_more_columns_are_ordered_by_the_same_rule():
+    made = [(2, 1.0, "a", "w"), (1, 1.0, "b", "x"), (1, 1 + 1 / 300, "c", "y"), (1, 3.0, "d", "z")]
+    rows = pa.table(dict(zip(("feature_id", "activation", "sample_id", "span"), zip(*made, strict=True), strict=True)))
+    rows = rows.set_column(1, "activation", rows["activation"].cast(pa.float32()))
+    assert strongest(rows, len(rows))["span"].to_pylist() == ["z", "x", "y", "w"]
+    assert strongest(rows, 2)["span"].to_pylist() == ["z", "x", "w"]
 
 
 def test_peaks_stay_with_their_pairs_and_survive_bytes():
