@@ -31,8 +31,8 @@ from fac_ray.activations.measuring import PARQUET
 from fac_ray.artifacts import parquet_files
 from fac_ray.coverage.counts import FeatureCounter, FeatureCounts, flat_values, sparse_rows
 from fac_ray.coverage.exemplars import PEAKS, ExemplarsFold
-from fac_ray.coverage.reduction import SampleLabels, id_numbers, read_activations
-from fac_ray.schema import ACTIVATIONS, hash_of
+from fac_ray.coverage.reduction import SampleLabels, read_activations
+from fac_ray.schema import ACTIVATIONS, hash_of, id_numbers
 
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
 THRESHOLD = 0.5

@@ -1,17 +1,24 @@
 """Names and Arrow types of every row that one stage hands to another. Flat columns, nothing pickled.
 
 Ids are hashes: `sample_id` of source file, row and content, `content_id` of the content alone, so two samples with
-one `content_id` are duplicates. Nothing is ever matched by position.
+one `content_id` are duplicates. Nothing is ever matched by position. A `sample_id` begins as the `content_id` does:
+samples in the order of their ids are in an order of their contents, wherever their files lie.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import TypedDict
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import UInt64
+
+HEX_ID = "^[0-9a-f]{32}$"
 
 
 class Message(TypedDict):
@@ -135,8 +142,19 @@ def content_id(text: str, messages: Sequence[Message] | None = None) -> str:
 
 
 def sample_id(source_file: str, source_row: int, content: str) -> str:
-    """Hash of where a sample comes from and its `content_id`: 32 hex digits."""
-    return hash_of("sample", source_file, str(source_row), content)
+    """Hash of a sample's `content_id` and where it comes from: 32 hex digits.
+
+    The first half is that of the `content_id`; the second half alone tells samples apart.
+    """
+    return content[:16] + hash_of("sample", source_file, str(source_row), content)[16:]
+
+
+def id_numbers(ids: pa.ChunkedArray) -> UInt64[np.ndarray, " rows"]:
+    """Ids as 64-bit integers: the last 16 of their 32 hex digits; an id of another form is hashed first."""
+    texts = ids.to_pylist()
+    if not pc.all(pc.match_substring_regex(ids, HEX_ID)).as_py():
+        texts = [text if re.fullmatch(HEX_ID, text) else hash_of("id", text) for text in texts]
+    return np.frombuffer(bytes.fromhex("".join(texts)), ">u8")[1::2].astype(np.uint64)
 
 
 def hash_of(*parts: str) -> str:

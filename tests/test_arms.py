@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from fac_ray.schema import SAMPLES, SYNTHETIC, content_id
+from fac_ray.schema import SAMPLES, SYNTHETIC, content_id, hash_of
 from fac_ray.training.arms import ARM, build_arms
 
 NAMES = ("seed", "untargeted", "targeted", "anchor")
@@ -56,13 +56,28 @@ def built(num_targeted: int = 2, num_untargeted: int = 2, seed_value: int = 0, *
     return build_arms(**{**given, **changed})
 
 
+def moved(rows: pa.Table) -> pa.Table:
+    """The same samples with other ids, in another order."""
+    ids = [hash_of(one) for one in rows["sample_id"].to_pylist()]
+    return rows.set_column(0, "sample_id", pa.array(ids)).sort_by("sample_id")
+
+
+def test_arms_do_not_depend_on_where_the_files_lie():
+    elsewhere = built(
+        seed=moved(SEED), anchor=moved(ANCHOR), targeted=moved(synthetic("targeted", 3)), num_untargeted=3
+    )
+    for name, arm in built(num_targeted=3, num_untargeted=3).items():
+        assert arm["text"].to_pylist() == elsewhere[name]["text"].to_pylist()
+
+
 def test_arms_have_the_rows_and_labels_of_the_labelled_seed():
     arms = built()
     assert list(arms) == list(NAMES)
-    assert arms["seed"]["sample_id"].to_pylist() == [f"seed-{row:03}" for row in (0, 1, 2, 4, 5, 6, 7)]
+    labels = {f"seed-{row:03}": label for row, label in ((0, 1), (1, 0), (2, 0), (4, 1), (5, 0), (6, 1), (7, 1))}
+    assert dict(zip(*arms["seed"].select(["sample_id", "label"]).to_pydict().values(), strict=True)) == labels
     for arm in arms.values():
         assert arm.schema.equals(ARM)
-        assert arm["label"].to_pylist() == [1, 0, 0, 1, 0, 1, 1]
+        assert arm["label"].equals(arms["seed"]["label"])
         assert len(set(arm["sample_id"].to_pylist())) == 7
 
 
@@ -89,7 +104,7 @@ def test_an_arm_that_is_not_asked_for_limits_nothing():
 
 def test_no_more_rows_are_replaced_than_the_seed_has_positives():
     arm = built(num_targeted=9, num_untargeted=9)["targeted"]
-    assert arm["origin"].to_pylist() == ["targeted" if label else "seed" for label in (1, 0, 0, 1, 0, 1, 1)]
+    assert arm["origin"].to_pylist() == ["targeted" if label else "seed" for label in arm["label"].to_pylist()]
 
 
 def test_without_synthetic_samples_the_arms_equal_the_seed():

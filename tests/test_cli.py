@@ -154,9 +154,8 @@ def test_the_reason_of_a_remote_failure_is_what_the_task_raised(ray_cluster):
 
 
 def test_ctrl_c_ends_the_process_with_130():
-    code = (
-        "import time; from fac_ray.invocation import reported\nwith reported():\n print('ready', flush=True); time.sleep(60)"
-    )
+    waits = "with reported():\n    print('ready', flush=True)\n    time.sleep(60)"
+    code = f"import time\nfrom fac_ray.invocation import reported\n{waits}"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()

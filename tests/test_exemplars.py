@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fac_ray.coverage import exemplars
-from fac_ray.coverage.exemplars import ExemplarsFold, TopExemplars, span_of, strengths, weakest_equal
+from fac_ray.coverage.exemplars import ExemplarsFold, TopExemplars, span_of, strengths, strongest, weakest_equal
 from fac_ray.schema import ACTIVATIONS
 
 D_SAE = 4
@@ -117,6 +117,14 @@ def test_the_weakest_equal_is_the_smallest_float_of_its_strength(activation):
     assert strengths(weakest) == strengths(np.array([activation], np.float32))
     below = np.nextafter(weakest, np.float32(-1))
     assert weakest == 0 or strengths(below) < strengths(weakest)
+
+
+def test_rows_with_more_columns_are_ordered_by_the_same_rule():
+    made = [(2, 1.0, "a", "w"), (1, 1.0, "b", "x"), (1, 1 + 1 / 300, "c", "y"), (1, 3.0, "d", "z")]
+    rows = pa.table(dict(zip(("feature_id", "activation", "sample_id", "span"), zip(*made, strict=True), strict=True)))
+    rows = rows.set_column(1, "activation", rows["activation"].cast(pa.float32()))
+    assert strongest(rows, len(rows))["span"].to_pylist() == ["z", "x", "y", "w"]
+    assert strongest(rows, 2)["span"].to_pylist() == ["z", "x", "w"]
 
 
 def test_peaks_stay_with_their_pairs_and_survive_bytes():

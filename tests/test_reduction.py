@@ -15,7 +15,6 @@ from fac_ray.artifacts import parquet_files, read_table, write_table
 from fac_ray.config import MeasureConfig
 from fac_ray.coverage.reduction import (
     SampleLabels,
-    id_numbers,
     load_coverage,
     load_exemplars,
     read_activations,
@@ -178,12 +177,6 @@ def test_labels_are_found_by_id_and_absent_ids_are_unlabelled():
     assert labels.of(np.array([3, 4, 9, 7, 100, 0], np.uint64)).tolist() == [0, -1, 1, 1, -1, -1]
     empty = SampleLabels(np.zeros(0, np.uint64), np.zeros(0, np.int8))
     assert empty.of(np.array([1], np.uint64)).tolist() == [-1]
-
-
-def test_id_numbers_are_the_first_digits_and_do_not_depend_on_the_company():
-    numbers = id_numbers(pa.chunked_array([["0000000000000010" + "f" * 16, "f" * 32, "another form"]]))
-    assert numbers[:2].tolist() == [16, 2**64 - 1]
-    assert id_numbers(pa.chunked_array([["another form"]]))[0] == numbers[2]
 
 
 def test_a_folder_without_a_coverage_is_an_error(tmp_path):

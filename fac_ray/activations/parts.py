@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, UInt64
 
 from fac_ray.artifacts import parquet_files, write_table
+from fac_ray.schema import id_numbers
 
 CHECKPOINT_FOLDER = "_checkpoint"
 PENDING = ".pending.parquet"
@@ -115,7 +116,7 @@ def _rewrite(parts: list[Path], ids_path: Path, wanted: UInt64[np.ndarray, " n"]
     An interruption may cost the part, whose samples are then measured again, but never gives a row twice.
     """
     rows = pa.concat_tables([pq.read_table(path) for path in parts])
-    rows = rows.filter(pa.array(_is_in(_numbers_of(rows), wanted)))
+    rows = rows.filter(pa.array(_is_in(id_numbers(rows["sample_id"]), wanted)))
     name = uuid.uuid4().hex
     pending = ids_path.with_name(name + PENDING)
     write_table(parts[0].with_name(f"{name}-0.parquet"), rows)
@@ -150,9 +151,5 @@ def _is_in(numbers: UInt64[np.ndarray, " n"], ascending: UInt64[np.ndarray, " m"
 
 
 def _id_numbers(path: Path) -> UInt64[np.ndarray, " n"]:
-    """The first 64 bits of the sample ids in a Parquet file."""
-    return _numbers_of(pq.read_table(path, columns=["sample_id"]))
-
-
-def _numbers_of(rows: pa.Table) -> UInt64[np.ndarray, " n"]:
-    return np.frombuffer(bytes.fromhex("".join(rows["sample_id"].to_pylist())), np.uint64)[::2]
+    """The numbers of the sample ids in a Parquet file."""
+    return id_numbers(pq.read_table(path, columns=["sample_id"])["sample_id"])

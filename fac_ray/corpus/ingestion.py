@@ -25,7 +25,7 @@ from fac_ray.corpus.ledger import Entry, keep_ingested, part_name, piece_id, pie
 from fac_ray.corpus.rows import BadRow, read_rows
 from fac_ray.corpus.samples import needed_columns, read_sample
 from fac_ray.corpus.sources import Piece, Source, count_line_breaks, list_sources, source_fingerprint, split_source
-from fac_ray.schema import REJECTED, SAMPLES
+from fac_ray.schema import REJECTED, SAMPLES, id_numbers
 
 if TYPE_CHECKING:
     from fac_ray.progress import Progress
@@ -218,11 +218,10 @@ def _first_reason(folder: Path) -> str:
 
 
 def _num_contents(samples_folder: Path) -> int:
-    """Number of different contents, told apart by the first 64 bits of their ids."""
+    """Number of different contents, told apart by 64 bits of their ids."""
     numbers = [np.zeros(0, np.uint64)]
     for path in parquet_files(samples_folder):
-        ids = read_table(path, columns=["content_id"])["content_id"].to_pylist()
-        numbers.append(np.frombuffer(bytes.fromhex("".join(ids)), np.uint64)[::2])
+        numbers.append(id_numbers(read_table(path, columns=["content_id"])["content_id"]))
     return len(np.unique(np.concatenate(numbers)))
 
 

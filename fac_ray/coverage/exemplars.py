@@ -70,10 +70,8 @@ class TopExemplars:
         """
         if len({part.num_kept for part in parts}) != 1:
             raise ValueError(f"parts that keep {sorted({p.num_kept for p in parts})} exemplars do not merge")
-        rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
-        key = _sort_key(rows["feature_id"].to_numpy(), rows["activation"].to_numpy())
-        kept = _strongest(key, lambda at: rows["sample_id"].take(pa.array(at)), parts[0].num_kept)
-        return cls(parts[0].num_kept, rows.take(pa.array(kept)))
+        rows = pa.concat_tables([part.rows for part in parts])
+        return cls(parts[0].num_kept, strongest(rows, parts[0].num_kept))
 
     def merge(self, other: TopExemplars) -> TopExemplars:
         """The strongest of the rows of both.
@@ -159,6 +157,17 @@ class _Peaks(NamedTuple):
     def empty(cls) -> _Peaks:
         none = np.zeros(0, np.int32)
         return cls(none, np.zeros(0, np.float32), np.zeros(0, np.int64), none, none)
+
+
+def strongest(rows: pa.Table, num_kept: int) -> pa.Table:
+    """The first `num_kept` rows of each feature, in the order of `TopExemplars.rows`.
+
+    The rows have at least the columns feature_id, activation and sample_id.
+    """
+    rows = rows.combine_chunks()
+    key = _sort_key(rows["feature_id"].to_numpy(), rows["activation"].to_numpy())
+    kept = _strongest(key, lambda at: rows["sample_id"].take(pa.array(at)), num_kept)
+    return rows.take(pa.array(kept))
 
 
 def strengths(activations: Float[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:

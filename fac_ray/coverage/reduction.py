@@ -13,7 +13,6 @@ A corpus that grew is folded on: the fold of its old parts (`tally`) and the spa
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,9 +36,9 @@ from fac_ray.coverage.counts import (
     FeatureCounter,
     FeatureCounts,
 )
-from fac_ray.coverage.exemplars import ExemplarsFold, TopExemplars, span_of, strengths
+from fac_ray.coverage.exemplars import ExemplarsFold, TopExemplars, span_of, strongest
 from fac_ray.coverage.tally import SPANS, RowSet, Tally, load_spans, load_tally, save_spans, save_tally
-from fac_ray.schema import ACTIVATIONS, COVERAGE, EXEMPLARS, hash_of, require_columns
+from fac_ray.schema import ACTIVATIONS, COVERAGE, EXEMPLARS, id_numbers, require_columns
 
 if TYPE_CHECKING:
     from fac_ray.progress import Progress
@@ -53,7 +52,6 @@ MERGE_EVERY = 6
 SPARE_EXEMPLARS = 3
 """Times `num_exemplars` that are kept until duplicates among the spans are known."""
 
-HEX_ID = "^[0-9a-f]{32}$"
 LABELS = pa.schema([("feature_id", pa.int32()), ("labelled", pa.int64()), ("positive", pa.int64())])
 
 
@@ -170,14 +168,6 @@ class SampleLabels:
             return np.full(len(ids), UNLABELLED, np.int8)
         at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
         return np.where(self.ids[at] == ids, self.classes[at], UNLABELLED).astype(np.int8)
-
-
-def id_numbers(sample_ids: pa.ChunkedArray) -> UInt64[np.ndarray, " rows"]:
-    """Sample ids as 64-bit integers: the first 16 of their 32 hex digits; an id of another form is hashed first."""
-    ids = sample_ids.to_pylist()
-    if not pc.all(pc.match_substring_regex(sample_ids, HEX_ID)).as_py():
-        ids = [text if re.fullmatch(HEX_ID, text) else hash_of("id", text) for text in ids]
-    return np.frombuffer(bytes.fromhex("".join(ids)), ">u8")[::2].astype(np.uint64)
 
 
 def _read_labels(samples_folder: Path, positive: tuple[str, ...]) -> tuple[SampleLabels, RowSet]:
@@ -303,9 +293,7 @@ def _cut_part_spans(batch: pa.Table, wanted: ray.ObjectRef, span_words: int) -> 
 
 def _rank_spans(spans: pa.Table, num_exemplars: int) -> pa.Table:
     """EXEMPLARS: of each feature the strongest spans that differ, so that a text that recurs fills one rank."""
-    strength = pa.array(strengths(spans["activation"].to_numpy()))
-    order = [("feature_id", "ascending"), ("strength", "descending"), ("sample_id", "ascending")]
-    spans = spans.append_column("strength", strength).sort_by(order).drop_columns("strength")
+    spans = strongest(spans, len(spans))
     ids, texts = spans["feature_id"].to_pylist(), spans["span"].to_pylist()
     kept, ranks, previous = [], [], None
     seen: set[str] = set()

@@ -87,11 +87,13 @@ def repeated_contents(rows: pa.Table, heldout: pa.Table) -> int:
 
 
 def _usable(rows: pa.Table, origin: str, positive: Sequence[str], blocked: frozenset[str]) -> pa.Table:
-    """The labelled rows that are not in the held-out corpus, as `ARM`, in the order of their ids."""
+    """The labelled rows that are not in the held-out corpus, as `ARM`, in the order of their contents."""
     fresh = pa.array([blocked.isdisjoint(ids) for ids in _content_ids(rows)], pa.bool_())
     if num_repeated := rows.num_rows - pc.sum(fresh, min_count=0).as_py():
         logger.warning("%s: %d samples are also in the held-out corpus and are left out", origin, num_repeated)
-    rows = rows.filter(pc.and_(fresh, pc.is_valid(rows["label"]))).sort_by("sample_id")
+    rows = rows.append_column("order", pa.array([ids[0] for ids in _content_ids(rows)], pa.string()))
+    rows = rows.filter(pc.and_(fresh, pc.is_valid(rows["label"])))
+    rows = rows.sort_by([("order", "ascending"), ("sample_id", "ascending")])
     is_positive = pc.is_in(rows["label"], pa.array(positive, pa.string())).cast(pa.int8())
     columns = [rows["sample_id"], rows["text"], is_positive, pa.repeat(origin, rows.num_rows)]
     return pa.table(columns, schema=ARM)
