@@ -11,6 +11,8 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fac_ray.artifacts import MARKER, read_table
 from fac_ray.config import ConfigError, RunConfig, TrainingConfig, config_from_tree
@@ -18,7 +20,7 @@ from fac_ray.evaluation import summarise_arms
 from fac_ray.progress import Progress
 from fac_ray.training import train_arms
 from fac_ray.training.arms import ARM
-from fac_ray.training.batches import encode, epoch_batches, pad, scoring_batches
+from fac_ray.training.batches import encode, epoch_batches, pad, pieces, scoring_batches
 from fac_ray.training.engine import deepspeed_config, learning_rate_factor, training_dtype
 
 KEYWORDS = ("refund", "parcel")
@@ -59,6 +61,17 @@ def test_short_rows_are_filled_and_masked_on_the_right():
     token_ids, mask = pad([[5, 6, 7], [8]], fill=2)
     assert token_ids.tolist() == [[5, 6, 7], [8, 2, 2]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=70))
+def test_pieces_hold_the_rows_of_a_batch_once_and_the_short_ones_first(lengths):
+    rows = np.arange(len(lengths))[::-1]
+    parts = pieces(lengths, rows)
+    assert 1 <= len(parts) <= 4
+    assert all(len(part) for part in parts)
+    together = np.concatenate(parts)
+    assert sorted(together) == sorted(rows)
+    assert [lengths[row] for row in together] == sorted(lengths)
 
 
 @pytest.mark.parametrize(("template", "prefix"), [(None, []), (TEMPLATE, ["<bos>", "user"])])

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from fac_ray.artifacts import Stage, read_table, write_json, write_table
 from fac_ray.config import TrainingConfig
 from fac_ray.evaluation.metrics import average_precision
-from fac_ray.training.batches import encode, epoch_batches, pad, padding_id, scoring_batches
+from fac_ray.training.batches import encode, epoch_batches, pad, padding_id, pieces, scoring_batches
 from fac_ray.training.engine import prepare_process, start_engine, training_dtype
 
 SCORING_BATCH = 64
@@ -161,12 +161,13 @@ def _train(
     """One optimizer step for each row of `steps`, of which this worker takes its share; returns the loss curve."""
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    losses = torch.zeros(len(steps), device=device)
+    losses, lengths = torch.zeros(len(steps), device=device), [len(row) for row in arm.token_ids]
     engine.train()
     for step, rows in enumerate(steps):
-        mine = rows[rank::num_workers]
-        labels = torch.tensor(arm.labels[mine], dtype=torch.float32, device=device)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(_logits(engine, arm, mine, fill, device), labels)
+        parts = pieces(lengths, rows[rank::num_workers])
+        labels = torch.tensor(arm.labels[np.concatenate(parts)], dtype=torch.float32, device=device)
+        logits = torch.cat([_logits(engine, arm, part, fill, device) for part in parts])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
         engine.backward(loss)
         engine.step()
         losses[step] = loss.detach()
