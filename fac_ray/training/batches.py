@@ -18,8 +18,8 @@ from fac_ray.config import MeasureConfig
 from fac_ray.features.chat import tokenize
 
 MAX_PIECES = 4
-"""Forward passes of one training step. Of shuffled messages of 13 to 82 tokens, 32 in a batch, one pass is 46 % padding,
-four are 14 %."""
+"""Forward passes of one training step. Of shuffled messages of 13 to 82 tokens, 32 in a batch, one pass is 46 %
+padding, four are 14 %."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> I
 
 
 def pieces(lengths: Sequence[int], rows: Int[np.ndarray, " batch"]) -> list[Int[np.ndarray, " piece"]]:
-    """The rows of a batch as at most `MAX_PIECES` parts, of similar length in each, so that little of them is padding."""
+    """The rows of a batch as at most `MAX_PIECES` parts, each of similar lengths, so that little of them is padding."""
     by_length = rows[np.argsort(np.asarray(lengths)[rows], kind="stable")]
     return np.array_split(by_length, min(MAX_PIECES, len(rows)))
 
