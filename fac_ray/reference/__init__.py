@@ -44,8 +44,8 @@ def default_config(folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -
         "sae": {"path": str(SAE)},
         "corpora": {**corpora, "background": {"path": str(world / "background.jsonl")}},
         "measure": {"threshold": THRESHOLD, "thresholds": [0, 10, 20, 25, 30, 35, 40, 45]},
-        "synthesis": {"task": "customer-policy", "samples_per_feature": 4},
-        "training": {"epochs": 2, "learning_rate": 1e-3},  # docs/training.md, "The embedded world"
+        "synthesis": {"task": "customer-policy", "samples_per_feature": 4, "max_attempts": 6},
+        "training": {"epochs": 2, "learning_rate": 1e-3, "zero_stage": 0},  # docs/training.md, "The embedded world"
         "evaluation": {"heldout": "heldout", "truth": str(world / "truth.json")},
         "run": {"folder": str(folder), "seed": seed},
     }
