@@ -12,11 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
-SPIN_COUNT = "1000"
-"""Turns that an OpenMP thread of a private cluster's workers spins, waiting for the others of its process, before it
-sleeps. By default it spins for about 100 ms, and where processes share cores, each waits for threads that the others'
-spinning keeps out: on two cores a training step took 15 s beside another such process, 0.4 s so; alone, the same."""
-
 
 @contextmanager
 def ray_session(verbose: bool = False) -> Iterator[None]:
@@ -34,7 +29,6 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         _keep_others_out()
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     import ray
 
     try:

@@ -7,7 +7,6 @@ import tempfile
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before the first import of ray, in this process and its children
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see fac_ray/session.py
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
