@@ -45,6 +45,8 @@ from fac_ray.schema import SAMPLES
 
 WARM_UP_SAMPLES = 128
 CLOCK_INTERVAL_S = 0.2
+MIN_CHATS = 1024
+"""Eight parts of 128; a part is committed at once, and only those after each actor's first are timed."""
 
 
 def main() -> None:
@@ -56,6 +58,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.chats < MIN_CHATS:
+        parser.error(
+            f"--chats {arguments.chats}: at least {MIN_CHATS}, so that a steady state has parts to be timed by"
+        )
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp") as temporary:
         config = write_world(
             Path(temporary), arguments.chats, arguments.messages, shape_of(arguments.width), arguments.dtype
