@@ -66,7 +66,7 @@ def test_short_rows_are_filled_and_masked_on_the_right():
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=70))
 def test_pieces_hold_the_rows_of_a_batch_once_and_the_short_ones_first(lengths):
     rows = np.arange(len(lengths))[::-1]
-    parts = pieces(lengths, rows)
+    parts = pieces(np.array(lengths), rows)
     assert 1 <= len(parts) <= 4
     assert all(len(part) for part in parts)
     together = np.concatenate(parts)

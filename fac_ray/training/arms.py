@@ -12,7 +12,7 @@ train for the same steps on the same label balance (docs/training.md says why sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -88,10 +88,11 @@ def repeated_contents(rows: pa.Table, heldout: pa.Table) -> int:
 
 def _usable(rows: pa.Table, origin: str, positive: Sequence[str], blocked: frozenset[str]) -> pa.Table:
     """The labelled rows that are not in the held-out corpus, as `ARM`, in the order of their contents."""
-    fresh = pa.array([blocked.isdisjoint(ids) for ids in _content_ids(rows)], pa.bool_())
+    content_ids = _content_ids(rows)
+    fresh = pa.array([blocked.isdisjoint(ids) for ids in content_ids], pa.bool_())
     if num_repeated := rows.num_rows - pc.sum(fresh, min_count=0).as_py():
         logger.warning("%s: %d samples are also in the held-out corpus and are left out", origin, num_repeated)
-    rows = rows.append_column("order", pa.array([ids[0] for ids in _content_ids(rows)], pa.string()))
+    rows = rows.append_column("order", pa.array([ids[0] for ids in content_ids], pa.string()))
     rows = rows.filter(pc.and_(fresh, pc.is_valid(rows["label"])))
     rows = rows.sort_by([("order", "ascending"), ("sample_id", "ascending")])
     is_positive = pc.is_in(rows["label"], pa.array(positive, pa.string())).cast(pa.int8())
@@ -99,7 +100,7 @@ def _usable(rows: pa.Table, origin: str, positive: Sequence[str], blocked: froze
     return pa.table(columns, schema=ARM)
 
 
-def _content_ids(rows: pa.Table) -> Iterable[tuple[str, ...]]:
+def _content_ids(rows: pa.Table) -> list[tuple[str, ...]]:
     """For each row the hash of its text and, where it is known, the `content_id`, which for a chat is another."""
     by_text = [content_id(text) for text in rows["text"].to_pylist()]
     if "content_id" not in rows.column_names:

@@ -66,14 +66,14 @@ def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> I
     return np.resize(order, num_steps * batch_size).reshape(num_steps, batch_size)
 
 
-def pieces(lengths: Sequence[int], rows: Int[np.ndarray, " batch"]) -> list[Int[np.ndarray, " piece"]]:
+def pieces(lengths: Int[np.ndarray, " N"], rows: Int[np.ndarray, " batch"]) -> list[Int[np.ndarray, " piece"]]:
     """The rows of a batch as at most `MAX_PIECES` parts, each of similar lengths, so that little of them is padding."""
-    by_length = rows[np.argsort(np.asarray(lengths)[rows], kind="stable")]
+    by_length = rows[np.argsort(lengths[rows], kind="stable")]
     return np.array_split(by_length, min(MAX_PIECES, len(rows)))
 
 
 def scoring_batches(
-    lengths: Sequence[int], batch_size: int, rank: int, num_workers: int
+    lengths: Sequence[int] | Int[np.ndarray, " N"], batch_size: int, rank: int, num_workers: int
 ) -> list[Int[np.ndarray, " batch"]]:
     """Rows that one worker scores, of similar length in each batch; every worker has as many batches.
 

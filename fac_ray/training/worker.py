@@ -66,6 +66,11 @@ class Encoded(NamedTuple):
     token_ids: list[list[int]]
     labels: Int[np.ndarray, " N"]
 
+    @property
+    def lengths(self) -> Int[np.ndarray, " N"]:
+        """Tokens of each."""
+        return np.array([len(row) for row in self.token_ids])
+
 
 def run_fits(loop_config: dict[str, Any]) -> None:
     """Ray Train's loop of one worker: every fit of `loop_config["plan"]` that is not finished; reports after each."""
@@ -161,7 +166,7 @@ def _train(
     """One optimizer step for each row of `steps`, of which this worker takes its share; returns the loss curve."""
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    losses, lengths = torch.zeros(len(steps), device=device), [len(row) for row in arm.token_ids]
+    losses, lengths = torch.zeros(len(steps), device=device), arm.lengths
     engine.train()
     for step, rows in enumerate(steps):
         parts = pieces(lengths, rows[rank::num_workers])
@@ -182,12 +187,11 @@ def _score(engine: Any, heldout: Encoded, fill: int, device: torch.device) -> Fl
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     engine.eval()
-    lengths = [len(row) for row in heldout.token_ids]
-    batches = scoring_batches(lengths, SCORING_BATCH, rank, num_workers)
+    batches = scoring_batches(heldout.lengths, SCORING_BATCH, rank, num_workers)
     mine = [(rows, _logits(engine, heldout, rows, fill, device).cpu().numpy()) for rows in batches]
     shares: list[Any] = [None] * num_workers
     torch.distributed.all_gather_object(shares, mine)
-    scores = np.empty(len(lengths), np.float32)
+    scores = np.empty(len(heldout.labels), np.float32)
     for rows, values in (batch for share in shares for batch in share):
         scores[rows] = values
     return scores
