@@ -69,7 +69,7 @@ def test_the_public_data_that_a_config_names_has_the_columns_it_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "schema", "artifacts", "tasks", "prompts", "progress", "headline", "doctor"]
+    "module", ["config", "schema", "artifacts", "tasks", "synthesis.prompts", "progress", "headline", "doctor"]
 )
 def test_reading_a_config_loads_no_library_that_computes(module):
     code = f"import sys, fac_ray.{module}; print(sorted({{'torch', 'ray', 'vllm', 'deepspeed'}} & set(sys.modules)))"

@@ -18,10 +18,11 @@ from fac_ray.artifacts import MARKER, read_table
 from fac_ray.config import ConfigError, RunConfig, TrainingConfig, config_from_tree
 from fac_ray.evaluation import summarise_arms
 from fac_ray.progress import Progress
-from fac_ray.training import train_arms
+from fac_ray.training import train_arms, worker
 from fac_ray.training.arms import ARM
 from fac_ray.training.batches import encode, epoch_batches, pad, pieces, scoring_batches
 from fac_ray.training.engine import deepspeed_config, learning_rate_factor, training_dtype
+from fac_ray.training.worker import Encoded
 
 KEYWORDS = ("refund", "parcel")
 FILLER = tuple(f"word{number}" for number in range(40))
@@ -155,6 +156,24 @@ def model_folder(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(model_folder):
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1, dtype=torch.float32)
+    model.config.pad_token_id = 0
+    token_ids = [[1 + (row + place) % 9 for place in range(2 + 3 * row)] for row in range(10)]
+    samples = Encoded([str(row) for row in range(10)], token_ids, np.arange(10) % 2)
+    rows = np.array([7, 0, 9, 3, 5, 1, 8, 2, 6, 4])
+    gradients = []
+    for parts in ([rows], pieces(samples.lengths, rows)):
+        model.zero_grad()
+        worker._loss(model, samples, parts, 0, torch.device("cpu")).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -169,16 +169,22 @@ def _train(
     losses, lengths = torch.zeros(len(steps), device=device), arm.lengths
     engine.train()
     for step, rows in enumerate(steps):
-        parts = pieces(lengths, rows[rank::num_workers])
-        labels = torch.tensor(arm.labels[np.concatenate(parts)], dtype=torch.float32, device=device)
-        logits = torch.cat([_logits(engine, arm, part, fill, device) for part in parts])
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        loss = _loss(engine, arm, pieces(lengths, rows[rank::num_workers]), fill, device)
         engine.backward(loss)
         engine.step()
         losses[step] = loss.detach()
     torch.distributed.all_reduce(losses)
     curve = losses.cpu().numpy() / num_workers
     return [round(float(span.mean()), 5) for span in np.array_split(curve, min(MAX_LOSSES, len(curve)))]
+
+
+def _loss(
+    engine: Any, arm: Encoded, parts: list[Int[np.ndarray, " piece"]], fill: int, device: torch.device
+) -> Float[torch.Tensor, ""]:
+    """Mean binary cross-entropy over the rows of all parts, each a forward pass of its own."""
+    labels = torch.tensor(arm.labels[np.concatenate(parts)], dtype=torch.float32, device=device)
+    logits = torch.cat([_logits(engine, arm, part, fill, device) for part in parts])
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
 
 @torch.no_grad()
