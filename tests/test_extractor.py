@@ -15,6 +15,7 @@ from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
 from fac_ray.features import extractor as extractor_module
 from fac_ray.features.chat import TEMPLATE_DATE
 from fac_ray.features.extractor import FeatureExtractor
+from fac_ray.features.lanes import Lanes
 from fac_ray.schema import ACTIVATIONS, MESSAGES
 
 D_MODEL, D_SAE, K, HOOK_LAYER = 32, 48, 4, 2
@@ -127,6 +128,19 @@ def test_batches_and_order_do_not_show_in_the_result(paths, corrected):
     assert_equal(corrected.extract(samples), alone)
     assert_equal(corrected.extract(samples[::-1])[::-1], alone)
     assert_equal(extractor_of(paths, batch_tokens=64).extract(samples), alone)
+
+
+def test_lanes_do_not_show_in_the_result(paths, corrected, monkeypatch):
+    samples = [(text, None) for text in some_texts(60)]
+    extractor, used, map_lanes = extractor_of(paths, batch_tokens=64), [], Lanes.map
+    monkeypatch.setattr(Lanes, "map", lambda *args: used.append(args[-1]) or map_lanes(*args))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert_equal(extractor.extract(samples), corrected.extract(samples))
+    finally:
+        torch.set_num_threads(before)
+    assert used == [3]
 
 
 @pytest.mark.parametrize(

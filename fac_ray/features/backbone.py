@@ -6,6 +6,7 @@ are never read.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -70,6 +71,11 @@ class Backbone(nn.Module):
         residual, self._residual = self._residual, None
         assert residual is not None, "the last block has not run"
         return residual.float()
+
+    def sharing_weights(self) -> Backbone:
+        """Modules of their own on the same tensors, for another thread: a forward pass leaves things in its modules."""
+        shared = [self.tokenizer, *self.parameters(), *self.buffers()]
+        return copy.deepcopy(self, {id(one): one for one in shared})
 
     def _keep_residual(self, _block: nn.Module, _inputs: Any, output: Any) -> None:
         self._residual = output if isinstance(output, Tensor) else output[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,9 @@ from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.features.backbone import load_backbone
+from fac_ray.features.backbone import Backbone, load_backbone
 from fac_ray.features.chat import TokenizedSample, Window, tokenize, windows
+from fac_ray.features.lanes import Lanes, plan_lanes
 from fac_ray.features.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
 from fac_ray.features.sae import SparseAutoencoder, load_sae
 from fac_ray.features.sae_origin import require_fit
@@ -40,6 +42,10 @@ STRETCH_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 PADDING_TOKENS = {"cpu": 64, "cuda": 256}
 """Padding that one batch may hold: as many tokens as take about the time that one batch more would cost (reading all
 weights once more, or starting all kernels once more)."""
+
+OwnedWindow = tuple[int, Window]
+"""With the number of the sample that it comes from."""
+Found = list[tuple[int, Peaks, int]]
 
 NOT_FINITE = "its activations are not finite; use model.dtype bfloat16 or float32"
 
@@ -74,6 +80,7 @@ class FeatureExtractor:
         self.measure = measure.resolved()
         self.backbone = load_backbone(model, device)
         self.sae = load_sae(sae, self.backbone.device)
+        self._lanes = Lanes(self.backbone)
         require_fit(self.sae.origin, self.sae.d_model, sae, model, self.backbone.d_model, self.measure)
         self.window_tokens = self._window_tokens()
         self._batch_tokens = measure.batch_tokens
@@ -141,19 +148,35 @@ class FeatureExtractor:
         except ValueError as error:
             return str(error)
 
-    def _pooled(self, pending: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks, int]]:
+    def _pooled(self, pending: Sequence[OwnedWindow]) -> Iterator[tuple[int, Peaks, int]]:
         """(owner, peaks, sinks) of each (owner, window), longest first; as many at once as budget and padding allow."""
-        longest_first = deque(sorted(pending, key=lambda owned: -len(owned[1].token_ids)))
-        while longest_first:
-            num_windows = self._num_windows(len(window.token_ids) for _, window in longest_first)
-            batch = [longest_first.popleft() for _ in range(num_windows)]
+        batches = self._batches(sorted(pending, key=lambda owned: -len(owned[1].token_ids)))
+        for batch, found in self._measured(batches):
+            yield from ((batch[row][0], peaks, sinks) for row, peaks, sinks in found)
+
+    def _batches(self, longest_first: Sequence[OwnedWindow]) -> deque[Sequence[OwnedWindow]]:
+        batches: deque[Sequence[OwnedWindow]] = deque()
+        first = 0
+        while first < len(longest_first):
+            num_windows = self._num_windows(len(window.token_ids) for _, window in longest_first[first:])
+            batches.append(longest_first[first : first + num_windows])
+            first += num_windows
+        return batches
+
+    def _measured(self, batches: deque[Sequence[OwnedWindow]]) -> Iterator[tuple[Sequence[OwnedWindow], Found]]:
+        """Each batch and what is found in it; a batch that does not fit into the memory is cut first."""
+        if self.backbone.device.type == "cpu" and (num_lanes := plan_lanes(torch.get_num_threads(), len(batches))) > 1:
+            yield from zip(batches, self._lanes.map(self._peaks, batches, num_lanes), strict=True)
+            return
+        while batches:
+            batch = batches.popleft()
             try:
-                found = self._peaks([window for _, window in batch])
+                found = self._peaks(self.backbone, batch)
             except torch.OutOfMemoryError as error:
                 self._take_less(batch, error)
-                longest_first.extendleft(reversed(batch))
+                batches = self._batches([*batch, *chain(*batches)])
             else:
-                yield from ((batch[row][0], peaks, sinks) for row, peaks, sinks in found)
+                yield batch, found
 
     def _num_windows(self, lengths: Iterable[int]) -> int:
         """How many of the windows, longest first, make the next batch."""
@@ -170,7 +193,7 @@ class FeatureExtractor:
     def _of_device(self, values: dict[str, int]) -> int:
         return values["cuda" if self.backbone.device.type == "cuda" else "cpu"]
 
-    def _take_less(self, batch: Sequence[tuple[int, Window]], error: torch.OutOfMemoryError) -> None:
+    def _take_less(self, batch: Sequence[OwnedWindow], error: torch.OutOfMemoryError) -> None:
         """From now on half as many windows at once as in the batch for which memory ran out."""
         longest = len(batch[0][1].token_ids)
         if len(batch) == 1:
@@ -183,16 +206,17 @@ class FeatureExtractor:
         logger.warning("out of memory: from now on at most %d tokens at once", self._batch_tokens)
 
     @torch.inference_mode()
-    def _peaks(self, batch: Sequence[Window]) -> list[tuple[int, Peaks, int]]:
+    def _peaks(self, backbone: Backbone, owned: Sequence[OwnedWindow]) -> Found:
         """(row in the batch, peaks, number of sinks) of each window, and of a window that is cut between stretches for
         each stretch, with its sinks at the first."""
+        batch = [window for _, window in owned]
         token_ids = torch.zeros(len(batch), len(batch[0].token_ids), dtype=torch.long)
         for row, window in zip(token_ids, batch, strict=True):
             row[: len(window.token_ids)] = torch.from_numpy(window.token_ids)
         rows = np.repeat(np.arange(len(batch)), [len(window.pooled) for window in batch])
         columns = np.concatenate([window.pooled for window in batch])
         positions = np.concatenate([window.positions for window in batch])
-        residual = self.backbone.residual(token_ids)[torch.from_numpy(rows), torch.from_numpy(columns)]
+        residual = backbone.residual(token_ids)[torch.from_numpy(rows), torch.from_numpy(columns)]
         num_sinks = np.zeros(len(batch), np.int64)
         if (sinks := self._sinks(residual, batch)) is not None:
             num_sinks += np.bincount(rows[sinks], minlength=len(batch))

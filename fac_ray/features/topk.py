@@ -68,6 +68,9 @@ class TopKProduct:
         self._largest_norm = self.by_feature.norm(dim=1).max()
         self._largest_error = (self.by_feature - self._rounded).norm(dim=1).max()
         self._bias_error = (b_enc - self._rounded_bias).abs().max()
+        with warnings.catch_warnings():  # torch says once in a process that CSR tensors are in beta
+            warnings.filterwarnings("ignore", message=".*CSR.*beta")
+            torch.zeros(1, 1).to_sparse_csr()
 
     @staticmethod
     def pays(W_enc: Float32[Tensor, "d_model d_sae"], k: int) -> bool:
@@ -115,12 +118,10 @@ class TopKProduct:
 
     def _values(self, x: Float32[Tensor, "N d_model"], candidates: Candidates) -> Float32[Tensor, " C"]:
         zeros = torch.zeros(len(candidates.position))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*CSR.*beta")
-            pattern = torch.sparse_csr_tensor(
-                candidates.bounds, candidates.position, zeros, (len(x), len(self.b_enc)), check_invariants=False
-            )
-            products = torch.sparse.sampled_addmm(pattern, x, self.by_feature.t(), beta=0.0).values()
+        pattern = torch.sparse_csr_tensor(
+            candidates.bounds, candidates.position, zeros, (len(x), len(self.b_enc)), check_invariants=False
+        )
+        products = torch.sparse.sampled_addmm(pattern, x, self.by_feature.t(), beta=0.0).values()
         return products + self.b_enc[candidates.position]
 
 
