@@ -114,6 +114,50 @@ def test_padding_on_the_right_changes_nothing_before_it(folders, name):
     torch.testing.assert_close(backbone.residual(padded)[:, :20], alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("num_shared", [1, 5, 20])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_shared_first_tokens_do_not_show_in_the_others(folders, name, num_shared):
+    """Also where a sliding window ends within the shared tokens, or begins after them."""
+    backbone = load_backbone(ModelConfig(path=str(folders / name), hook_layer=3), "cpu")
+    assert backbone.can_keep
+    expected = []
+    for start in (100, 200, 200):
+        token_ids = TOKEN_IDS.clone()
+        token_ids[:, :num_shared] = torch.arange(start, start + num_shared)
+        expected.append((token_ids, backbone.residual(token_ids)[:, num_shared:]))
+    for token_ids, residual in expected:
+        found = backbone.residual(token_ids, num_shared)
+        torch.testing.assert_close(found, residual, atol=1e-4, rtol=1e-4)
+
+
+def test_shared_tokens_that_the_last_call_had_are_not_run_again(folders):
+    backbone = load_backbone(ModelConfig(path=str(folders / "Llama"), hook_layer=2), "cpu")
+    lengths = []
+    backbone.model.register_forward_pre_hook(
+        lambda _module, _args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    for first in (1, 1, 2):
+        token_ids = torch.full((2, 12), first)
+        assert backbone.residual(token_ids, num_shared=5).shape == (2, 7, 32)
+        assert backbone.keeps(token_ids[0, :5].numpy())
+    assert lengths == [5, 7, 7, 5, 7]
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_length_let_nothing_be_shared(folders, tmp_path, rope_type):
+    shutil.copytree(folders / "Llama", tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["rope_parameters"] = {
+        "rope_type": rope_type,
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        **({"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope_type == "longrope" else {}),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert not load_backbone(ModelConfig(path=str(tmp_path), hook_layer=2), "cpu").can_keep
+
+
 def test_half_precision_comes_out_as_float32(folders):
     backbone = load_backbone(ModelConfig(path=str(folders / "Llama"), hook_layer=2, dtype="bfloat16"), "cpu")
     assert next(backbone.parameters()).dtype == torch.bfloat16

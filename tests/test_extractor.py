@@ -130,6 +130,26 @@ def test_batches_and_order_do_not_show_in_the_result(paths, corrected):
     assert_equal(extractor_of(paths, batch_tokens=64).extract(samples), alone)
 
 
+@pytest.mark.parametrize("switches", [{}, {"preset": "authors-code"}, {"window_tokens": 64}, {"tokens": "all"}])
+def test_the_header_does_not_show_in_the_result(paths, switches):
+    """Few samples with another header than the last one have theirs run with them."""
+    spoken = [{"role": "system", "content": "be brief"}, *CHAT[1:]]
+    spoken_text = "\n\n".join(message["content"] for message in spoken)
+    samples = [(text, None) for text in some_texts(30, longest=90)] + [(CHAT_TEXT, CHAT)] * 3
+    extractor, plain = extractor_of(paths, **switches), extractor_of(paths, **switches)
+    plain.backbone.can_keep = False
+    lengths = []
+    extractor.backbone.model.register_forward_pre_hook(
+        lambda _module, _args, given: lengths.append(given["input_ids"].shape), with_kwargs=True
+    )
+    for part in (samples, [(spoken_text, spoken)] * 9, samples[:2]):
+        expected = plain.extract(part)
+        lengths.clear()
+        assert_equal(extractor.extract(part), expected)
+        runs_a_header = lengths[0][0] == 1
+        assert runs_a_header == (switches != {"tokens": "all"} and len(part) > 2)
+
+
 def test_lanes_do_not_show_in_the_result(paths, corrected, monkeypatch):
     samples = [(text, None) for text in some_texts(60)]
     extractor, used, map_lanes = extractor_of(paths, batch_tokens=64), [], Lanes.map
@@ -141,21 +161,6 @@ def test_lanes_do_not_show_in_the_result(paths, corrected, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert used == [3]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "num_windows"),
-    [
-        ([100] * 50, 40),  # 4,096 tokens hold 40 of 100 tokens
-        ([100] * 5, 5),
-        ([5000, 5000], 1),  # a window above the budget goes alone
-        ([100, 90, 80, 70, 10], 4),  # padding of 10 + 20 + 30 = 60 tokens; with the fifth 150
-        ([100, 10, 10], 1),
-    ],
-)
-def test_a_batch_holds_what_budget_and_padding_allow(corrected, lengths, num_windows):
-    assert extractor_module.PADDING_TOKENS["cpu"] == 64
-    assert corrected._num_windows(lengths) == num_windows
 
 
 @pytest.mark.parametrize("activation", ["native", "dense"])
@@ -199,8 +204,9 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_sample_alone(correcte
     residual = corrected.backbone.residual
     marked = corrected.backbone.tokenizer(" dough", add_special_tokens=False).input_ids[0]
 
-    def overflowing(token_ids):
-        return residual(token_ids).masked_fill((token_ids == marked)[..., None], float("inf"))
+    def overflowing(token_ids, num_shared):
+        is_marked = (token_ids == marked)[:, num_shared:, None]
+        return residual(token_ids, num_shared).masked_fill(is_marked, float("inf"))
 
     monkeypatch.setattr(corrected.backbone, "residual", overflowing)
     whole, broken = corrected.extract(samples)
@@ -214,11 +220,11 @@ def test_out_of_memory_halves_the_batch_and_says_so(paths, monkeypatch, caplog):
     expected, sizes = extractor.extract(samples), []
     residual = extractor.backbone.residual
 
-    def small_memory(token_ids):
+    def small_memory(token_ids, num_shared):
         sizes.append(token_ids.numel())
         if token_ids.numel() > 400:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return residual(token_ids)
+        return residual(token_ids, num_shared)
 
     monkeypatch.setattr(extractor.backbone, "residual", small_memory)
     with caplog.at_level(logging.WARNING):
@@ -233,7 +239,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(paths, monkeypatch, caplog):
 def test_a_window_that_never_fits_ends_the_run(paths, monkeypatch):
     extractor = extractor_of(paths)
 
-    def no_memory(_token_ids):
+    def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(extractor.backbone, "residual", no_memory)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -29,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fac_ray.config import ConfigError, ModelConfig
+from fac_ray.features.headers import Header
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -53,6 +56,9 @@ class Backbone(nn.Module):
         """Longest sequence that the model was made for."""
         blocks[-1].register_forward_hook(self._keep_residual)
         self._residual: Tensor | None = None
+        self._header: Header | None = None
+        self.can_keep = False
+        """Whether `residual` may be told of shared tokens."""
 
     @property
     def device(self) -> torch.device:
@@ -60,17 +66,37 @@ class Backbone(nn.Module):
         return next(self.model.parameters()).device
 
     @torch.inference_mode()
-    def residual(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T d_model"]:
+    def residual(self, token_ids: Int[Tensor, "B T"], num_shared: int = 0) -> Float[Tensor, "B T_new d_model"]:
         """Residual stream after the last block, float32: `hidden_states[hook_layer]` of the whole model, and where the
         hook is the very last block, the stream before the final norm.
 
         Short rows are padded on the right with any id: attention is causal, so what precedes the padding never
         sees it. The rows' own padding positions hold numbers without meaning.
+
+        `num_shared`: so many first tokens are the same in all rows. They go through the model once, or not at all if
+        those of the last call were the same, and the stream is that of the T_new = T - num_shared others.
         """
-        self.model(input_ids=token_ids.to(self.device), use_cache=False)
+        if num_shared:
+            header = self._kept_header(token_ids[0, :num_shared])
+            self._run(token_ids[:, num_shared:], header.cache())
+        else:
+            self._run(token_ids)
         residual, self._residual = self._residual, None
         assert residual is not None, "the last block has not run"
         return residual.float()
+
+    def keeps(self, token_ids: Int[np.ndarray, " P"]) -> bool:
+        """Whether these are the shared tokens of the last call that had any."""
+        return self._header is not None and np.array_equal(self._header.token_ids.numpy(), token_ids)
+
+    def _kept_header(self, token_ids: Int[Tensor, " P"]) -> Header:
+        if self._header is None or not self.keeps(token_ids.numpy()):
+            self._header = Header(token_ids, self._run)
+        return self._header
+
+    def _run(self, token_ids: Int[Tensor, "B T"], past: Cache | None = None) -> None:
+        known = {} if past is None else {"past_key_values": past}
+        self.model(input_ids=token_ids.to(self.device), use_cache=False, **known)
 
     def sharing_weights(self) -> Backbone:
         """Modules of their own on the same tensors, for another thread: a forward pass leaves things in its modules."""
@@ -185,3 +211,18 @@ def _require_sound(backbone: Backbone, model: ModelConfig) -> None:
     change = (alone - followed).abs().max() / alone.abs().max()
     if not change < CAUSALITY_TOLERANCE[getattr(torch, model.dtype)]:
         raise ConfigError(f"model.path {model.path!r}: its tokens see later ones; a causal language model is needed")
+    backbone.can_keep = _can_keep(backbone, token_ids)
+
+
+def _can_keep(backbone: Backbone, token_ids: Int[Tensor, "1 T"]) -> bool:
+    """Whether the model goes on after kept keys and values as after the tokens themselves; foreign code may not, nor
+    may positions whose meaning depends on the length of the text."""
+    if any(kind in str(getattr(m, "rope_type", "")) for m in backbone.modules() for kind in ("dynamic", "longrope")):
+        return False
+    expected = backbone.residual(token_ids)[:, 4:]
+    try:
+        found = backbone.residual(token_ids, num_shared=4)
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+        return False
+    change = (found - expected).abs().max() / expected.abs().max()
+    return bool(change < CAUSALITY_TOLERANCE[next(backbone.parameters()).dtype])

@@ -45,6 +45,11 @@ class Window(NamedTuple):
     positions: Int[np.ndarray, " P"]
     """The same tokens' positions in the sample."""
 
+    @property
+    def starts_sample(self) -> bool:
+        """Whether its first token is the sample's."""
+        return bool(self.pooled[0] == self.positions[0])
+
 
 def tokenize(
     tokenizer: PreTrainedTokenizerFast, text: str, messages: Sequence[Message] | None, measure: MeasureConfig

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int, Int32
 from torch import Tensor
 
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
 from fac_ray.features.backbone import Backbone, load_backbone
+from fac_ray.features.batching import Batch, Limits, plan_batches
 from fac_ray.features.chat import TokenizedSample, Window, tokenize, windows
+from fac_ray.features.headers import MIN_WINDOWS, pays, shared_header
 from fac_ray.features.lanes import Lanes, plan_lanes
 from fac_ray.features.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
 from fac_ray.features.sae import SparseAutoencoder, load_sae
@@ -43,8 +45,6 @@ PADDING_TOKENS = {"cpu": 64, "cuda": 256}
 """Padding that one batch may hold: as many tokens as take about the time that one batch more would cost (reading all
 weights once more, or starting all kernels once more)."""
 
-OwnedWindow = tuple[int, Window]
-"""With the number of the sample that it comes from."""
 Found = list[tuple[int, Peaks, int]]
 
 NOT_FINITE = "its activations are not finite; use model.dtype bfloat16 or float32"
@@ -148,22 +148,22 @@ class FeatureExtractor:
         except ValueError as error:
             return str(error)
 
-    def _pooled(self, pending: Sequence[OwnedWindow]) -> Iterator[tuple[int, Peaks, int]]:
-        """(owner, peaks, sinks) of each (owner, window), longest first; as many at once as budget and padding allow."""
-        batches = self._batches(sorted(pending, key=lambda owned: -len(owned[1].token_ids)))
-        for batch, found in self._measured(batches):
-            yield from ((batch[row][0], peaks, sinks) for row, peaks, sinks in found)
+    def _pooled(self, windows: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks, int]]:
+        """(sample, peaks, sinks) of each window, given with the number of its sample."""
+        header = self._header([window for _, window in windows])
+        for batch, found in self._measured(plan_batches(windows, header, self._limits())):
+            yield from ((batch.windows[row][0], peaks, sinks) for row, peaks, sinks in found)
 
-    def _batches(self, longest_first: Sequence[OwnedWindow]) -> deque[Sequence[OwnedWindow]]:
-        batches: deque[Sequence[OwnedWindow]] = deque()
-        first = 0
-        while first < len(longest_first):
-            num_windows = self._num_windows(len(window.token_ids) for _, window in longest_first[first:])
-            batches.append(longest_first[first : first + num_windows])
-            first += num_windows
-        return batches
+    def _header(self, windows: Sequence[Window]) -> Int[np.ndarray, " P"]:
+        """What is worth keeping of the first tokens that the samples share; empty if nothing is."""
+        header = shared_header([window for window in windows if window.starts_sample])
+        enough = len(windows) >= MIN_WINDOWS or self.backbone.keeps(header)
+        return header if self.backbone.can_keep and enough and pays(header, windows) else header[:0]
 
-    def _measured(self, batches: deque[Sequence[OwnedWindow]]) -> Iterator[tuple[Sequence[OwnedWindow], Found]]:
+    def _limits(self) -> Limits:
+        return Limits(self._batch_tokens, self._of_device(PADDING_TOKENS))
+
+    def _measured(self, batches: deque[Batch]) -> Iterator[tuple[Batch, Found]]:
         """Each batch and what is found in it; a batch that does not fit into the memory is cut first."""
         if self.backbone.device.type == "cpu" and (num_lanes := plan_lanes(torch.get_num_threads(), len(batches))) > 1:
             yield from zip(batches, self._lanes.map(self._peaks, batches, num_lanes), strict=True)
@@ -174,52 +174,43 @@ class FeatureExtractor:
                 found = self._peaks(self.backbone, batch)
             except torch.OutOfMemoryError as error:
                 self._take_less(batch, error)
-                batches = self._batches([*batch, *chain(*batches)])
+                header = batch.windows[0][1].token_ids[: batch.num_shared]
+                batches = plan_batches(
+                    [*batch.windows, *chain(*(left.windows for left in batches))], header, self._limits()
+                )
             else:
                 yield batch, found
-
-    def _num_windows(self, lengths: Iterable[int]) -> int:
-        """How many of the windows, longest first, make the next batch."""
-        longest = padding = num_windows = 0
-        for length in lengths:
-            longest = longest or length
-            padding += longest - length
-            full = (num_windows + 1) * longest > self._batch_tokens or padding > self._of_device(PADDING_TOKENS)
-            if num_windows and full:
-                break
-            num_windows += 1
-        return num_windows
 
     def _of_device(self, values: dict[str, int]) -> int:
         return values["cuda" if self.backbone.device.type == "cuda" else "cpu"]
 
-    def _take_less(self, batch: Sequence[OwnedWindow], error: torch.OutOfMemoryError) -> None:
+    def _take_less(self, batch: Batch, error: torch.OutOfMemoryError) -> None:
         """From now on half as many windows at once as in the batch for which memory ran out."""
-        longest = len(batch[0][1].token_ids)
-        if len(batch) == 1:
+        longest = len(batch.windows[0][1].token_ids)
+        if len(batch.windows) == 1:
             raise RuntimeError(
                 f"a single window of {longest} tokens does not fit into the memory of {self.backbone.device}; set a "
                 "smaller measure.window_tokens, or model.dtype bfloat16"
             ) from error
-        self._batch_tokens = longest * len(batch) // 2
+        self._batch_tokens = (longest - batch.num_shared) * len(batch.windows) // 2
         torch.cuda.empty_cache()
         logger.warning("out of memory: from now on at most %d tokens at once", self._batch_tokens)
 
     @torch.inference_mode()
-    def _peaks(self, backbone: Backbone, owned: Sequence[OwnedWindow]) -> Found:
+    def _peaks(self, backbone: Backbone, batch: Batch) -> Found:
         """(row in the batch, peaks, number of sinks) of each window, and of a window that is cut between stretches for
         each stretch, with its sinks at the first."""
-        batch = [window for _, window in owned]
-        token_ids = torch.zeros(len(batch), len(batch[0].token_ids), dtype=torch.long)
-        for row, window in zip(token_ids, batch, strict=True):
+        windows = [window for _, window in batch.windows]
+        token_ids = torch.zeros(len(windows), len(windows[0].token_ids), dtype=torch.long)
+        for row, window in zip(token_ids, windows, strict=True):
             row[: len(window.token_ids)] = torch.from_numpy(window.token_ids)
-        rows = np.repeat(np.arange(len(batch)), [len(window.pooled) for window in batch])
-        columns = np.concatenate([window.pooled for window in batch])
-        positions = np.concatenate([window.positions for window in batch])
-        residual = backbone.residual(token_ids)[torch.from_numpy(rows), torch.from_numpy(columns)]
-        num_sinks = np.zeros(len(batch), np.int64)
-        if (sinks := self._sinks(residual, batch)) is not None:
-            num_sinks += np.bincount(rows[sinks], minlength=len(batch))
+        rows = np.repeat(np.arange(len(windows)), [len(window.pooled) for window in windows])
+        columns = np.concatenate([window.pooled for window in windows]) - batch.num_shared
+        positions = np.concatenate([window.positions for window in windows])
+        residual = backbone.residual(token_ids, batch.num_shared)[torch.from_numpy(rows), torch.from_numpy(columns)]
+        num_sinks = np.zeros(len(windows), np.int64)
+        if (sinks := self._sinks(residual, windows)) is not None:
+            num_sinks += np.bincount(rows[sinks], minlength=len(windows))
             residual, rows, positions = residual[torch.from_numpy(~sinks)], rows[~sinks], positions[~sinks]
         num_tokens = max(1, self._of_device(STRETCH_NUMBERS) // self.d_sae)
         found = []
@@ -232,11 +223,11 @@ class FeatureExtractor:
                 num_sinks[row] = 0
         return found
 
-    def _sinks(self, residual: Float[Tensor, "N d_model"], batch: Sequence[Window]) -> Bool[np.ndarray, " N"] | None:
+    def _sinks(self, residual: Float[Tensor, "N d_model"], windows: Sequence[Window]) -> Bool[np.ndarray, " N"] | None:
         """Which pooled tokens of the windows are attention sinks; None if none is."""
         if not self.measure.sink_norm_ratio:
             return None
-        bounds = np.cumsum([0, *(len(window.pooled) for window in batch)]).tolist()
+        bounds = np.cumsum([0, *(len(window.pooled) for window in windows)]).tolist()
         sinks = sink_tokens(residual, bounds, self.measure.sink_norm_ratio).cpu().numpy()
         return sinks if sinks.any() else None
 
