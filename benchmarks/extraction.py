@@ -35,8 +35,9 @@ from transformers import AutoTokenizer
 
 import fac_ray.features.extractor
 from fac_ray.config import MeasureConfig, ModelConfig, SaeConfig
-from fac_ray.features.chat import TokenizedSample, tokenize
+from fac_ray.features.chat import TokenizedSample, tokenize, windows
 from fac_ray.features.extractor import FeatureExtractor, SampleFeatures
+from fac_ray.features.headers import shared_header
 
 AUTHORS_CHATS, PADDED_CHATS, PADDED_BATCH = 12, 32, 32
 """Chats of a round; evenly spaced among all, so that their lengths are alike."""
@@ -161,10 +162,14 @@ def _product_rate(width: int, num_columns: int, dtype: torch.dtype, device: str,
 
 def needed_operations(shape: Shape, tokenized: Sequence[TokenizedSample]) -> float:
     """Multiplications and additions of the matrices up to the hook for every token, of causal attention, and of the
-    encoder for every pooled token."""
+    encoder for every pooled token. The first tokens that all chats share, and none pools, are needed once."""
     lengths = np.array([len(sample.token_ids) for sample in tokenized], dtype=float)
-    blocks = 2 * shape.hook_layer * shape.block_weights * lengths.sum()
-    attention = 4 * shape.hook_layer * shape.d_model * (lengths * (lengths + 1) / 2).sum()
+    whole = [window for sample in tokenized for window in windows(sample, len(sample.token_ids), None)]
+    num_shared = len(shared_header(whole))
+    num_saved = num_shared * (len(tokenized) - 1)
+    blocks = 2 * shape.hook_layer * shape.block_weights * (lengths.sum() - num_saved)
+    pairs = (lengths * (lengths + 1) / 2).sum() - num_saved * (num_shared + 1) / 2
+    attention = 4 * shape.hook_layer * shape.d_model * pairs
     encoder = 2 * shape.d_model * shape.d_sae * sum(int(sample.pooled.sum()) for sample in tokenized)
     return float(blocks + attention + encoder)
 
@@ -195,9 +200,11 @@ def measure_rates(work: Work, dtype: torch.dtype, repeats: int) -> dict[str, lis
 
 
 def stages(work: Work, dtype: torch.dtype) -> dict[str, float]:
-    """Share of each stage in the time of one extraction."""
+    """Share of each stage in the time of one extraction on one thread, as each lane runs."""
     ours = extractor(work, dtype)
     ours.extract(work.samples[:4])
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     watch = Stopwatch()
     watch.time(fac_ray.features.extractor, "tokenize", "tokenize")
     watch.time(ours.backbone, "residual", "backbone: norms, rotations, gates, sums")
@@ -208,6 +215,7 @@ def stages(work: Work, dtype: torch.dtype) -> dict[str, float]:
         watch.time(owner, product, {"Top-K": "SAE product", "backbone": "backbone: matrix products"})
     with watch:
         ours.extract(work.samples)
+    torch.set_num_threads(num_threads)
     return watch.shares(rest="rest")
 
 

@@ -41,7 +41,7 @@ LONGEST_WINDOW_TOKENS = 4096
 STRETCH_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Numbers (tokens x d_sae) that the SAE computes at once: 64 MiB on a CPU, 1 GiB on a GPU."""
 
-PADDING_TOKENS = {"cpu": 64, "cuda": 256}
+PADDING_TOKENS = {"cpu": 32, "cuda": 256}
 """Padding that one batch may hold: as many tokens as take about the time that one batch more would cost (reading all
 weights once more, or starting all kernels once more)."""
 
