@@ -39,7 +39,7 @@ LONGEST_WINDOW_TOKENS = 4096
 """Length of a window where neither the config nor a shorter context says otherwise."""
 
 STRETCH_NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Numbers (tokens x d_sae) that the SAE computes at once: 64 MiB on a CPU, 1 GiB on a GPU."""
+"""Numbers (tokens x d_sae) that the SAE computes at once: 64 MiB in each lane of a CPU, 1 GiB on a GPU."""
 
 PADDING_TOKENS = {"cpu": 32, "cuda": 256}
 """Padding that one batch may hold: as many tokens as take about the time that one batch more would cost (reading all
@@ -151,7 +151,10 @@ class FeatureExtractor:
     def _pooled(self, windows: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks, int]]:
         """(sample, peaks, sinks) of each window, given with the number of its sample."""
         header = self._header([window for _, window in windows])
-        for batch, found in self._measured(plan_batches(windows, header, self._limits())):
+        batches = plan_batches(windows, header, self._limits())
+        on_cpu = self.backbone.device.type == "cpu"
+        num_lanes = plan_lanes(torch.get_num_threads(), len(batches)) if on_cpu else 1
+        for batch, found in self._in_lanes(windows, header, num_lanes) if num_lanes > 1 else self._in_turn(batches):
             yield from ((batch.windows[row][0], peaks, sinks) for row, peaks, sinks in found)
 
     def _header(self, windows: Sequence[Window]) -> Int[np.ndarray, " P"]:
@@ -160,14 +163,18 @@ class FeatureExtractor:
         enough = len(windows) >= MIN_WINDOWS or self.backbone.keeps(header)
         return header if self.backbone.can_keep and enough and pays(header, windows) else header[:0]
 
-    def _limits(self) -> Limits:
-        return Limits(self._batch_tokens, self._of_device(PADDING_TOKENS))
+    def _limits(self, num_lanes: int = 1) -> Limits:
+        return Limits(self._batch_tokens // num_lanes, self._of_device(PADDING_TOKENS))
 
-    def _measured(self, batches: deque[Batch]) -> Iterator[tuple[Batch, Found]]:
+    def _in_lanes(
+        self, windows: Sequence[tuple[int, Window]], header: Int[np.ndarray, " P"], num_lanes: int
+    ) -> Iterator[tuple[Batch, Found]]:
+        """Each batch and what is found in it. All lanes together have as much in hand as one batch would be."""
+        batches = plan_batches(windows, header, self._limits(num_lanes))
+        return zip(batches, self._lanes.map(self._peaks, batches, num_lanes), strict=True)
+
+    def _in_turn(self, batches: deque[Batch]) -> Iterator[tuple[Batch, Found]]:
         """Each batch and what is found in it; a batch that does not fit into the memory is cut first."""
-        if self.backbone.device.type == "cpu" and (num_lanes := plan_lanes(torch.get_num_threads(), len(batches))) > 1:
-            yield from zip(batches, self._lanes.map(self._peaks, batches, num_lanes), strict=True)
-            return
         while batches:
             batch = batches.popleft()
             try:
