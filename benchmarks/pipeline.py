@@ -2,12 +2,12 @@
 
     python benchmarks/pipeline.py [--chats N] [--messages N] [--width 512] [--rounds 2] [--json FILE]
 
-Three ways in turn, some rounds of them: the bare extractor in this process, all samples in one call; the pipeline with
-one actor of as many threads; with two actors that share the cores. The rate of the pipeline is that of its steady
-state: from the moment when as many parts are committed as there are actors, to the last commit. What comes before
-(Ray's workers, loading model and SAE in every actor, the first parts) is its start-up, reported apart, as is the start
-of Ray itself. Beside each rate per second of the clock stands the rate per second of CPU, all processes together: on a
-machine that others use, the clock measures them too.
+Four ways in turn, some rounds of them: the bare extractor in this process, all samples in one call; the pipeline with
+one actor that has one thread; with one that has as many as the extractor; with two actors that share the threads.
+The rate of the pipeline is that of its steady state: from the moment when as many parts are committed as there are
+actors, to the last commit. What comes before (Ray's workers, loading model and SAE in every actor, the first parts) is
+its start-up, reported apart, as is the start of Ray itself. Beside each rate per second of the clock stands the rate
+per second of CPU, all processes together: on a machine that others use, the clock measures them too.
 
 The rows of the ways are compared: ids, tokens and errors are equal, activations within the rounding of another batch.
 """
@@ -20,7 +20,8 @@ import os
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ import ray
 import torch
 from shapes import CHATS, SHAPE_M, Shape, as_samples, read_chats, sample_row, save_model, save_sae
 
-from fac_ray.activations.measuring import extract_activations
+from fac_ray.activations import measuring
+from fac_ray.activations.measuring import Pool, extract_activations
 from fac_ray.activations.parts import committed_ids
 from fac_ray.artifacts import read_table, write_json, write_table
 from fac_ray.config import RunConfig, config_from_tree
@@ -43,6 +45,8 @@ from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.progress import Progress
 from fac_ray.schema import SAMPLES
 
+POOLS: dict[str, tuple[int, int | None]] = {"one_thread": (1, 1), "one_actor": (1, None), "two_actors": (2, None)}
+"""Actors, and threads of each; None: as the pipeline plans it."""
 WARM_UP_SAMPLES = 128
 CLOCK_INTERVAL_S = 0.2
 MIN_CHATS = 1024
@@ -95,14 +99,14 @@ def measure(folder: Path, config: RunConfig, num_rounds: int) -> dict[str, Any]:
     )
     ray_start_s = time.monotonic() - started_s
     ray.data.DataContext.get_current().enable_progress_bars = False
-    runs: dict[str, list[dict[str, Any]]] = {"bare": [], "one_actor": [], "two_actors": []}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("bare", *POOLS)}
     for number in range(num_rounds):
         bare, expected = run_bare(extractor, samples)
         runs["bare"].append(bare)
         click.echo(f"bare: {bare}", err=True)
-        for name, num_actors in (("one_actor", 1), ("two_actors", 2)):
+        for name, pool in POOLS.items():
             output = folder / f"{name}-{number}"
-            runs[name].append({**run_pipeline(folder, output, config, num_actors), **difference(output, expected)})
+            runs[name].append({**run_pipeline(folder, output, config, *pool), **difference(output, expected)})
             click.echo(f"{name}: {runs[name][-1]}", err=True)
     ray.shutdown()
     return {
@@ -118,9 +122,9 @@ def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     found = {}
     for kind in ("tokens_per_s", "tokens_per_cpu_s"):
         middle = {name: float(np.median([run[kind] for run in each])) for name, each in runs.items()}
-        found[f"one_actor_over_bare_{kind}"] = round(middle["one_actor"] / middle["bare"], 3)
-        found[f"two_actors_over_bare_{kind}"] = round(middle["two_actors"] / middle["bare"], 3)
-        found[f"two_actors_over_one_{kind}"] = round(middle["two_actors"] / middle["one_actor"], 3)
+        for name in POOLS:
+            found[f"{name}_over_bare_{kind}"] = round(middle[name] / middle["bare"], 3)
+        found[f"two_actors_over_one_thread_{kind}"] = round(middle["two_actors"] / middle["one_thread"], 3)
     return found
 
 
@@ -134,11 +138,15 @@ def run_bare(extractor: FeatureExtractor, samples: pa.Table) -> tuple[dict[str, 
     return {"num_tokens": num_tokens, "wall_s": round(wall_s, 1), **rates}, rows
 
 
-def run_pipeline(folder: Path, output: Path, config: RunConfig, num_actors: int) -> dict[str, Any]:
-    """The pipeline from stored samples to committed parts: its start-up and the rates after it."""
+def run_pipeline(
+    folder: Path, output: Path, config: RunConfig, num_actors: int, num_threads: int | None
+) -> dict[str, Any]:
+    """The pipeline from stored samples to committed parts: its start-up and the rates after it; `num_threads` of each
+    actor, None: as the pipeline plans it."""
     measure = config.measure.model_copy(update={"num_actors": num_actors})
+    planned = None if num_threads is None else Pool(num_actors, 0.0, 1.0, num_threads)
     started_s = time.time()
-    with CpuClock() as clock:
+    with CpuClock() as clock, planned_pool(planned):
         facts = extract_activations(
             folder / "samples", output, config.model_copy(update={"measure": measure}), Progress.silent()
         )
@@ -154,6 +162,18 @@ def run_pipeline(folder: Path, output: Path, config: RunConfig, num_actors: int)
         "tokens_per_s": round(num_tokens / (last_s - first_s), 1),
         "tokens_per_cpu_s": round(num_tokens / (clock.cpu_s_at(last_s) - clock.cpu_s_at(first_s)), 1),
     }
+
+
+@contextmanager
+def planned_pool(pool: Pool | None) -> Iterator[None]:
+    """Inside the block the pipeline takes this pool, if there is one, instead of what it would plan."""
+    plan = measuring.plan_pool
+    if pool is not None:
+        measuring.plan_pool = lambda *_: pool
+    try:
+        yield
+    finally:
+        measuring.plan_pool = plan
 
 
 def tokens_of(output: Path, name: str) -> int:

@@ -48,8 +48,8 @@ TRIES_FOLDER = "_tries"
 
 MAX_BLOCK_SAMPLES, MIN_BLOCK_SAMPLES = 1024, 128
 """Samples of a part, which is what an interruption costs each actor. An actor gets them at once, to group them by
-length: with little padding, chats make batches of 2,600 tokens out of 1,024 samples, of 980 out of 128, of 720 out of
-64 on a CPU; on a GPU, which needs larger ones, of 3,500, 1,800 and 1,300."""
+length: with little padding, chats make batches of 1,600 tokens out of 1,024 samples, of 760 out of 128, of 570 out of
+64 on a CPU; on a GPU, which needs larger ones, of 3,600, 1,900 and 1,300."""
 BLOCKS_PER_ACTOR = 8
 """Parts that a small corpus is cut into for each actor, so that all of them have work to the end."""
 
