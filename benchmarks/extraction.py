@@ -201,10 +201,10 @@ def measure_rates(work: Work, dtype: torch.dtype, repeats: int) -> dict[str, lis
 
 def stages(work: Work, dtype: torch.dtype) -> dict[str, float]:
     """Share of each stage in the time of one extraction on one thread, as each lane runs."""
-    ours = extractor(work, dtype)
-    ours.extract(work.samples[:4])
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    ours = extractor(work, dtype)
+    ours.extract(work.samples[:4])
     watch = Stopwatch()
     watch.time(fac_ray.features.extractor, "tokenize", "tokenize")
     watch.time(ours.backbone, "residual", "backbone: norms, rotations, gates, sums")

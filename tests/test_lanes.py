@@ -57,7 +57,7 @@ def test_batches_run_side_by_side_and_come_back_in_their_order(backbone):
         return own, torch.get_num_threads(), own.residual(batch)
 
     with torch_threads(4):
-        found = list(Lanes(backbone).map(run, batches, num_lanes=2))
+        found = list(Lanes(backbone, 4).map(run, batches, num_lanes=2))
         assert torch.get_num_threads() == 4
         assert _threads_of_a_new_thread() == 4
     for (_, num_threads, residual), batch in zip(found, batches, strict=True):
@@ -76,7 +76,7 @@ def test_an_error_of_one_batch_ends_the_work_and_leaves_torch_as_it_was(backbone
             raise ValueError("batch 3")
         return batch
 
-    lanes = Lanes(backbone)
+    lanes = Lanes(backbone, 2)
     with torch_threads(2):
         with pytest.raises(ValueError, match="batch 3"):
             list(lanes.map(run, range(20), num_lanes=2))

@@ -72,7 +72,8 @@ class FeatureExtractor:
     """A loaded language model and SAE that turn texts into sparse feature activations."""
 
     def __init__(self, model: ModelConfig, sae: SaeConfig, measure: MeasureConfig, device: str | None = None) -> None:
-        """Load both on `device` (None: a GPU if there is one).
+        """Load both on `device` (None: a GPU if there is one). On a CPU the extractor uses as many threads as torch has
+        now.
 
         Raises:
             ConfigError: the model or the SAE cannot be read, or they and the switches of `measure` do not fit together.
@@ -80,7 +81,8 @@ class FeatureExtractor:
         self.measure = measure.resolved()
         self.backbone = load_backbone(model, device)
         self.sae = load_sae(sae, self.backbone.device)
-        self._lanes = Lanes(self.backbone)
+        self._num_threads = torch.get_num_threads()
+        self._lanes = Lanes(self.backbone, self._num_threads)
         require_fit(self.sae.origin, self.sae.d_model, sae, model, self.backbone.d_model, self.measure)
         self.window_tokens = self._window_tokens()
         self._batch_tokens = measure.batch_tokens
@@ -151,9 +153,10 @@ class FeatureExtractor:
     def _pooled(self, windows: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, Peaks, int]]:
         """(sample, peaks, sinks) of each window, given with the number of its sample."""
         header = self._header([window for _, window in windows])
-        batches = plan_batches(windows, header, self._limits())
-        on_cpu = self.backbone.device.type == "cpu"
-        num_lanes = plan_lanes(torch.get_num_threads(), len(batches)) if on_cpu else 1
+        batches, num_lanes = plan_batches(windows, header, self._limits()), 1
+        if self.backbone.device.type == "cpu":
+            torch.set_num_threads(self._num_threads)  # a thread that started while lanes ran has theirs
+            num_lanes = plan_lanes(self._num_threads, len(batches))
         for batch, found in self._in_lanes(windows, header, num_lanes) if num_lanes > 1 else self._in_turn(batches):
             yield from ((batch.windows[row][0], peaks, sinks) for row, peaks, sinks in found)
 

@@ -26,25 +26,24 @@ class Lanes:
     """The lanes of one backbone, which are made when they are first needed, and stay: a new thread is slow to find its
     memory, and an old one leaves its own behind."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        """`backbone`: on a CPU."""
-        self._backbones = [backbone]
+    def __init__(self, backbone: Backbone, num_threads: int) -> None:
+        """`backbone`: on a CPU; `num_threads`: of torch, which the lanes share."""
+        self._backbones, self._num_threads = [backbone], num_threads
         self._threads: ThreadPoolExecutor | None = None
 
     def map(
         self, function: Callable[[Backbone, Batch], Result], batches: Sequence[Batch], num_lanes: int
     ) -> Iterator[Result]:
-        """`function(backbone, batch)` of each batch, in the order of the batches; the lanes share torch's threads."""
-        num_threads = torch.get_num_threads()
+        """`function(backbone, batch)` of each batch, in the order of the batches."""
         self._backbones += [self._backbones[0].sharing_weights() for _ in range(num_lanes - len(self._backbones))]
-        self._threads = self._threads or ThreadPoolExecutor(num_threads, "lane")
+        self._threads = self._threads or ThreadPoolExecutor(self._num_threads, "lane")
         free: SimpleQueue[Backbone] = SimpleQueue()
         for backbone in self._backbones[:num_lanes]:
             free.put(backbone)
 
         def run(batch: Batch) -> Result:
             backbone = free.get()
-            torch.set_num_threads(num_threads // num_lanes)
+            torch.set_num_threads(self._num_threads // num_lanes)
             try:
                 return function(backbone, batch)
             finally:
@@ -53,7 +52,7 @@ class Lanes:
         try:
             yield from self._threads.map(run, batches)
         finally:
-            torch.set_num_threads(num_threads)  # threads that start later take the number that was set last
+            torch.set_num_threads(self._num_threads)  # threads that start later take the number that was set last
 
 
 def plan_lanes(num_threads: int, num_batches: int) -> int:
