@@ -30,3 +30,13 @@ def ray_cluster():
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield ray
         ray.shutdown()
+
+
+@pytest.fixture
+def set_torch_threads():
+    """`torch.set_num_threads`, undone after the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

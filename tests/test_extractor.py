@@ -13,6 +13,7 @@ from tiny_llama import llama_tokenizer, save_authors_sae, save_llama
 
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
 from fac_ray.features import extractor as extractor_module
+from fac_ray.features.batching import Limits
 from fac_ray.features.chat import TEMPLATE_DATE
 from fac_ray.features.extractor import FeatureExtractor
 from fac_ray.features.lanes import Lanes
@@ -150,20 +151,21 @@ def test_the_header_does_not_show_in_the_result(paths, switches):
         assert runs_a_header == (switches != {"tokens": "all"} and len(part) > 2)
 
 
-def test_lanes_do_not_show_in_the_result(paths, corrected, monkeypatch):
+def test_lanes_do_not_show_in_the_result(paths, corrected, monkeypatch, set_torch_threads):
     samples = [(text, None) for text in some_texts(60)]
     expected = [corrected.extract([sample])[0] for sample in samples]
     used, map_lanes = [], Lanes.map
     monkeypatch.setattr(Lanes, "map", lambda *args: used.append(args[-1]) or map_lanes(*args))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        extractor = extractor_of(paths, batch_tokens=64)
-        torch.set_num_threads(1)  # of another part of the program: the extractor has its own
-        assert_equal(extractor.extract(samples), expected)
-    finally:
-        torch.set_num_threads(before)
+    set_torch_threads(3)
+    extractor = extractor_of(paths, batch_tokens=64)
+    set_torch_threads(1)  # of another part of the program: the extractor has its own
+    assert_equal(extractor.extract(samples), expected)
     assert used == [3]
+
+
+def test_all_lanes_together_have_the_budget_of_one_batch(corrected):
+    assert corrected._limits() == Limits(num_tokens=4096, padding_tokens=32)
+    assert corrected._limits(num_lanes=4) == Limits(num_tokens=1024, padding_tokens=32)
 
 
 @pytest.mark.parametrize("activation", ["native", "dense"])

@@ -43,7 +43,15 @@ def test_a_window_has_a_header_only_if_it_starts_with_all_of_it_unpooled():
 
 def test_a_header_pays_from_one_token_in_sixty_four_on():
     texts = [window(list(range(64)), 2)] * 10
-    assert pays(np.arange(1), texts)
-    assert not pays(np.arange(1), [*texts, window(list(range(65)), 2)])
-    assert not pays(np.arange(0), texts)
-    assert not pays(np.arange(0), [])
+    for is_kept in (False, True):
+        assert pays(np.arange(1), texts, is_kept)
+        assert not pays(np.arange(1), [*texts, window(list(range(65)), 2)], is_kept)
+        assert not pays(np.arange(0), texts, is_kept)
+        assert not pays(np.arange(0), [], is_kept)
+
+
+def test_for_fewer_than_eight_windows_a_header_pays_only_if_it_is_kept_already():
+    texts = [window(list(range(64)), 2)] * 8
+    assert pays(np.arange(2), texts, is_kept=False)
+    assert not pays(np.arange(2), texts[1:], is_kept=False)
+    assert pays(np.arange(2), texts[:1], is_kept=True)

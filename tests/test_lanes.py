@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,16 +16,6 @@ from fac_ray.features.lanes import Lanes, plan_lanes
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     return load_backbone(ModelConfig(path=str(save_llama(tmp_path_factory.mktemp("llama"))), hook_layer=2), "cpu")
-
-
-@contextmanager
-def torch_threads(num):
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +37,7 @@ def test_each_lane_has_some_batches_and_all_lanes_as_many_threads(num_threads, n
     assert plan_lanes(num_threads, num_batches) == num_lanes
 
 
-def test_batches_run_side_by_side_and_come_back_in_their_order(backbone):
+def test_batches_run_side_by_side_and_come_back_in_their_order(backbone, set_torch_threads):
     together = threading.Barrier(2, timeout=60)
     batches = [torch.arange(8)[None] + first for first in range(6)]
 
@@ -56,10 +45,10 @@ def test_batches_run_side_by_side_and_come_back_in_their_order(backbone):
         together.wait()  # passes only if two batches are under way
         return own, torch.get_num_threads(), own.residual(batch)
 
-    with torch_threads(4):
-        found = list(Lanes(backbone, 4).map(run, batches, num_lanes=2))
-        assert torch.get_num_threads() == 4
-        assert _threads_of_a_new_thread() == 4
+    set_torch_threads(4)
+    found = list(Lanes(backbone, 4).map(run, batches, num_lanes=2))
+    assert torch.get_num_threads() == 4
+    assert _threads_of_a_new_thread() == 4
     for (_, num_threads, residual), batch in zip(found, batches, strict=True):
         assert num_threads == 2
         torch.testing.assert_close(residual, backbone.residual(batch))
@@ -70,18 +59,18 @@ def test_batches_run_side_by_side_and_come_back_in_their_order(backbone):
     assert weights[0] == weights[1]
 
 
-def test_an_error_of_one_batch_ends_the_work_and_leaves_torch_as_it_was(backbone):
+def test_an_error_of_one_batch_ends_the_work_and_leaves_torch_as_it_was(backbone, set_torch_threads):
     def run(_own, batch):
         if batch == 3:
             raise ValueError("batch 3")
         return batch
 
     lanes = Lanes(backbone, 2)
-    with torch_threads(2):
-        with pytest.raises(ValueError, match="batch 3"):
-            list(lanes.map(run, range(20), num_lanes=2))
-        assert torch.get_num_threads() == _threads_of_a_new_thread() == 2
-        assert list(lanes.map(lambda _own, batch: batch, range(20), num_lanes=2)) == list(range(20))
+    set_torch_threads(2)
+    with pytest.raises(ValueError, match="batch 3"):
+        list(lanes.map(run, range(20), num_lanes=2))
+    assert torch.get_num_threads() == _threads_of_a_new_thread() == 2
+    assert list(lanes.map(lambda _own, batch: batch, range(20), num_lanes=2)) == list(range(20))
 
 
 def _threads_of_a_new_thread():

@@ -131,7 +131,11 @@ def load_backbone(model: ModelConfig, device: str | None = None) -> Backbone:
         )
     backbone = Backbone(network, _blocks(network, model), tokenizer)
     backbone.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _require_sound(backbone, model)
+    token_ids = torch.arange(8)[None] % network.config.get_text_config().vocab_size
+    token_ids[0, 0] = tokenizer.bos_token_id or 0
+    residual = backbone.residual(token_ids)
+    _require_sound(backbone, model, token_ids, residual)
+    backbone.can_keep = _can_keep(backbone, token_ids, residual)
     return backbone
 
 
@@ -195,12 +199,12 @@ def _context_tokens(text_config: Any, tokenizer: PreTrainedTokenizerFast) -> int
     return NO_LIMIT_TOKENS
 
 
-def _require_sound(backbone: Backbone, model: ModelConfig) -> None:
+def _require_sound(
+    backbone: Backbone, model: ModelConfig, token_ids: Int[Tensor, "1 T"], residual: Float[Tensor, "1 T d_model"]
+) -> None:
     """A few tokens before anything else, BOS first, where float16 overflows soonest; and no token may see a later one,
     or padding without a mask would be wrong."""
-    token_ids = torch.arange(8)[None] % backbone.model.config.get_text_config().vocab_size
-    token_ids[0, 0] = backbone.tokenizer.bos_token_id or 0
-    alone, followed = backbone.residual(token_ids[:, :4]), backbone.residual(token_ids)[:, :4]
+    alone, followed = backbone.residual(token_ids[:, :4]), residual[:, :4]
     if not (alone.isfinite().all() and followed.isfinite().all()):
         raise ConfigError(
             f"model.dtype {model.dtype}: the residual stream of {model.path} overflows within {model.hook_layer} "
@@ -211,15 +215,14 @@ def _require_sound(backbone: Backbone, model: ModelConfig) -> None:
     change = (alone - followed).abs().max() / alone.abs().max()
     if not change < CAUSALITY_TOLERANCE[getattr(torch, model.dtype)]:
         raise ConfigError(f"model.path {model.path!r}: its tokens see later ones; a causal language model is needed")
-    backbone.can_keep = _can_keep(backbone, token_ids)
 
 
-def _can_keep(backbone: Backbone, token_ids: Int[Tensor, "1 T"]) -> bool:
+def _can_keep(backbone: Backbone, token_ids: Int[Tensor, "1 T"], residual: Float[Tensor, "1 T d_model"]) -> bool:
     """Whether the model goes on after kept keys and values as after the tokens themselves; foreign code may not, nor
     may positions whose meaning depends on the length of the text."""
     if any(kind in str(getattr(m, "rope_type", "")) for m in backbone.modules() for kind in ("dynamic", "longrope")):
         return False
-    expected = backbone.residual(token_ids)[:, 4:]
+    expected = residual[:, 4:]
     try:
         found = backbone.residual(token_ids, num_shared=4)
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):

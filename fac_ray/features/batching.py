@@ -8,7 +8,9 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Int
+from torch import Tensor
 
 from fac_ray.features.chat import Window
 from fac_ray.features.headers import has_header
@@ -58,3 +60,11 @@ def num_windows(lengths: Iterable[int], limits: Limits) -> int:
             break
         num += 1
     return num
+
+
+def padded_ids(windows: Sequence[Window]) -> Int[Tensor, "B T"]:
+    """The windows' token ids, padded on the right with id 0 to the longest."""
+    token_ids = torch.zeros(len(windows), max(len(window.token_ids) for window in windows), dtype=torch.long)
+    for row, window in zip(token_ids, windows, strict=True):
+        row[: len(window.token_ids)] = torch.from_numpy(window.token_ids)
+    return token_ids

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, SaeConfig
 from fac_ray.features.backbone import Backbone, load_backbone
-from fac_ray.features.batching import Batch, Limits, plan_batches
+from fac_ray.features.batching import Batch, Limits, padded_ids, plan_batches
 from fac_ray.features.chat import TokenizedSample, Window, tokenize, windows
-from fac_ray.features.headers import MIN_WINDOWS, pays, shared_header
+from fac_ray.features.headers import pays, shared_header
 from fac_ray.features.lanes import Lanes, plan_lanes
 from fac_ray.features.peaks import Peaks, dense_peaks, merge_peaks, sparse_peaks
 from fac_ray.features.sae import SparseAutoencoder, load_sae
@@ -163,8 +163,8 @@ class FeatureExtractor:
     def _header(self, windows: Sequence[Window]) -> Int[np.ndarray, " P"]:
         """What is worth keeping of the first tokens that the samples share; empty if nothing is."""
         header = shared_header([window for window in windows if window.starts_sample])
-        enough = len(windows) >= MIN_WINDOWS or self.backbone.keeps(header)
-        return header if self.backbone.can_keep and enough and pays(header, windows) else header[:0]
+        is_worth_it = self.backbone.can_keep and pays(header, windows, self.backbone.keeps(header))
+        return header if is_worth_it else header[:0]
 
     def _limits(self, num_lanes: int = 1) -> Limits:
         return Limits(self._batch_tokens // num_lanes, self._of_device(PADDING_TOKENS))
@@ -211,13 +211,12 @@ class FeatureExtractor:
         """(row in the batch, peaks, number of sinks) of each window, and of a window that is cut between stretches for
         each stretch, with its sinks at the first."""
         windows = [window for _, window in batch.windows]
-        token_ids = torch.zeros(len(windows), len(windows[0].token_ids), dtype=torch.long)
-        for row, window in zip(token_ids, windows, strict=True):
-            row[: len(window.token_ids)] = torch.from_numpy(window.token_ids)
         rows = np.repeat(np.arange(len(windows)), [len(window.pooled) for window in windows])
         columns = np.concatenate([window.pooled for window in windows]) - batch.num_shared
         positions = np.concatenate([window.positions for window in windows])
-        residual = backbone.residual(token_ids, batch.num_shared)[torch.from_numpy(rows), torch.from_numpy(columns)]
+        residual = backbone.residual(padded_ids(windows), batch.num_shared)[
+            torch.from_numpy(rows), torch.from_numpy(columns)
+        ]
         num_sinks = np.zeros(len(windows), np.int64)
         if (sinks := self._sinks(residual, windows)) is not None:
             num_sinks += np.bincount(rows[sinks], minlength=len(windows))

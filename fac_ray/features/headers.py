@@ -69,7 +69,8 @@ def has_header(window: Window, header: Int[np.ndarray, " P"]) -> bool:
     return bool(window.pooled[0] >= len(header)) and np.array_equal(window.token_ids[: len(header)], header)
 
 
-def pays(header: Int[np.ndarray, " P"], windows: Sequence[Window]) -> bool:
-    """Whether keeping the header saves enough of the windows' tokens."""
+def pays(header: Int[np.ndarray, " P"], windows: Sequence[Window], is_kept: bool) -> bool:
+    """Whether a header, which may be kept already, saves enough of the windows' tokens."""
     num_tokens = sum(len(window.token_ids) for window in windows)
-    return len(header) * len(windows) >= max(MIN_FRACTION * num_tokens, 1)
+    saves = len(header) * len(windows) >= max(MIN_FRACTION * num_tokens, 1)
+    return saves and (is_kept or len(windows) >= MIN_WINDOWS)

@@ -25,6 +25,7 @@ from torch import Tensor
 from fac_ray.activations.measuring import WAIT_FOR_CAPACITY_S, Pool, plan_pool
 from fac_ray.config import ConfigError, MeasureConfig, ModelConfig, RunConfig
 from fac_ray.features.backbone import Backbone, load_backbone
+from fac_ray.features.batching import padded_ids
 from fac_ray.features.chat import Window, tokenize, windows
 from fac_ray.features.sinks import sink_tokens
 from fac_ray.sae_training.mixing import Block, Position
@@ -148,10 +149,9 @@ def batched_by_length(found: Sequence[Window], batch_tokens: int) -> Iterator[li
 
 def padded(batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
     """(token ids, which of them are content): int64 and bool [B, T], padded on the right with id 0."""
-    token_ids = torch.zeros(len(batch), max(len(window.token_ids) for window in batch), dtype=torch.long)
+    token_ids = padded_ids(batch)
     content = torch.zeros(token_ids.shape, dtype=torch.bool)
     for row, window in enumerate(batch):
-        token_ids[row, : len(window.token_ids)] = torch.from_numpy(window.token_ids)
         content[row, torch.from_numpy(window.pooled)] = True
     return token_ids, content
 
