@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before the first import of ray, in this process and its children
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +10,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 import pytest
+from processes import ray_folder
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def ray_cluster():
     """A local Ray with more logical CPUs than cores, so that actor pools and tasks never starve each other."""
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp") as folder:
+    with ray_folder() as folder:
         ray.init(
             address="local",
             num_cpus=8,
@@ -30,6 +30,13 @@ def ray_cluster():
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield ray
         ray.shutdown()
+
+
+@pytest.fixture
+def short_folder():
+    """A folder for a Ray that the test starts in a process of its own."""
+    with ray_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -1,13 +1,29 @@
-"""The processes of a command that a test has started in a session of its own, and ended."""
+"""The processes of a command that a test has started in a session of its own and ended, and the folder that Ray had."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+@contextmanager
+def ray_folder() -> Iterator[str]:
+    """A folder with a short name, for Ray's sockets; some of Ray's processes write there after Ray has ended."""
+    folder = tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    try:
+        yield folder
+    finally:
+        deadline = time.monotonic() + 10
+        while Path(folder).exists() and time.monotonic() < deadline:
+            shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.1)
 
 
 def wait_for_session(session: int) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -132,14 +130,6 @@ if __name__ == "__main__":
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(temporary))
     extract_activations(root / "samples", folder, load_config(root / "config.json"), Progress.silent())
 """
-
-
-@pytest.fixture
-def short_folder():
-    """A folder with a short name, for Ray's sockets."""
-    folder = tempfile.mkdtemp(prefix="fr", dir="/tmp")
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.timeout(600)  # three Ray starts and executions

@@ -13,7 +13,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,13 +259,6 @@ remover.join()
 ray.shutdown()
 cluster.shutdown()
 """
-
-
-@pytest.fixture
-def short_folder() -> Iterator[str]:
-    """A folder with a short name, for Ray's sockets."""
-    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield folder
 
 
 def test_a_node_that_leaves_changes_no_row(samples, tree, undisturbed, tmp_path, short_folder):

@@ -8,11 +8,11 @@ import shlex
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from processes import end_session, ray_folder
 
 ROOT = Path(__file__).parent.parent
 END_STATES = {"SUCCEEDED", "FAILED", "STOPPED"}
@@ -51,7 +51,7 @@ def jobs():
 
     port, dashboard, agent, grpc, client = free_ports(5)
     address = f"http://127.0.0.1:{dashboard}"
-    with tempfile.TemporaryDirectory(prefix="fj", dir="/tmp") as folder:
+    with ray_folder() as folder:
         command = (
             f"{sys.executable} -m ray.scripts.scripts start --head --block --node-ip-address=127.0.0.1 --port={port}"
             f" --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port={dashboard}"
@@ -61,12 +61,13 @@ def jobs():
         )
         env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
         log = (Path(folder) / "start.log").open("w")
-        head = subprocess.Popen(shlex.split(command), env=env, stdout=log, stderr=log)
+        head = subprocess.Popen(shlex.split(command), env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             yield wait_for_client(JobSubmissionClient, address, head)
         finally:
             head.terminate()
             head.wait(60)
+            end_session(head.pid)
             log.close()
 
 
