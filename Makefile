@@ -15,7 +15,7 @@ test: check  ## everything that CI runs
 check: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy fac_ray jobs serve
+	$(BIN)/mypy fac_ray jobs serve benchmarks
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

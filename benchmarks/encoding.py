@@ -182,7 +182,8 @@ def _held_bytes(device: str, reset: bool) -> int:
         # 5: start the peak again from what is held now (Linux, proc(5))
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+    [peak_kib] = re.findall(r"VmHWM:\s*(\d+) kB", status)
+    return 1024 * int(peak_kib)
 
 
 # ---- the report ----

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from shapes import CHATS, SHAPES, Shape, as_samples, load_whole_model, read_chat
 from stopwatch import Stopwatch, count_cpu_time, timed
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 import fac_ray.features.extractor
 from fac_ray.config import MeasureConfig, ModelConfig, SaeConfig
@@ -69,22 +69,24 @@ def prepare(folder: Path, shape: Shape, device: str, num_chats: int) -> Work:
     """Write model and SAE of the shape to the folder, and tokenize the chats."""
     chats = read_chats(CHATS, num_chats)
     model, sae = save_model(folder / "model", shape, chats), save_sae(folder / "sae", shape)
-    tokenizer, measure = AutoTokenizer.from_pretrained(model), MeasureConfig().resolved()
+    tokenizer, measure = PreTrainedTokenizerFast.from_pretrained(model), MeasureConfig().resolved()
     samples = as_samples(chats)
     return Work(samples, [tokenize(tokenizer, *sample, measure) for sample in samples], model, sae, shape, device)
 
 
 def extractor(work: Work, dtype: torch.dtype, **switches: str) -> FeatureExtractor:
     """The project's own."""
-    model = ModelConfig(path=str(work.model), hook_layer=work.shape.hook_layer, dtype=str(dtype).removeprefix("torch."))
-    return FeatureExtractor(model, SaeConfig(path=str(work.sae)), MeasureConfig(**switches), device=work.device)
+    name = str(dtype).removeprefix("torch.")
+    model = ModelConfig.model_validate({"path": str(work.model), "hook_layer": work.shape.hook_layer, "dtype": name})
+    measure = MeasureConfig.model_validate(switches)
+    return FeatureExtractor(model, SaeConfig(path=str(work.sae)), measure, device=work.device)
 
 
 # ---- the other ways: each gives, text by text, the maximum over the pooled tokens of every feature ----
 
 
 @contextmanager
-def hooked(model: torch.nn.Module, hook_layer: int) -> Iterator[list[Tensor]]:
+def hooked(model: Any, hook_layer: int) -> Iterator[list[Tensor]]:
     """A list that holds the residual stream after the hook's block when the model has run."""
     kept: list[Tensor] = []
     block = model.model.layers[hook_layer - 1]
@@ -98,7 +100,7 @@ def hooked(model: torch.nn.Module, hook_layer: int) -> Iterator[list[Tensor]]:
 
 
 @torch.inference_mode()
-def authors_procedure(work: Work, model: torch.nn.Module, sae: torch.nn.Module) -> list[Tensor]:
+def authors_procedure(work: Work, model: Any, sae: Any) -> list[Tensor]:
     """One text at a time; ReLU of every pre-activation."""
     found = []
     for sample in work.tokenized:
@@ -110,7 +112,7 @@ def authors_procedure(work: Work, model: torch.nn.Module, sae: torch.nn.Module) 
 
 
 @torch.inference_mode()
-def padded_saelens(work: Work, model: torch.nn.Module, sae: torch.nn.Module) -> list[Tensor]:
+def padded_saelens(work: Work, model: Any, sae: Any) -> list[Tensor]:
     """Padded batches in the order of the file."""
     found = []
     for first in range(0, len(work.tokenized), PADDED_BATCH):
@@ -130,9 +132,10 @@ def padded_saelens(work: Work, model: torch.nn.Module, sae: torch.nn.Module) -> 
     return found
 
 
-def whole_model(work: Work, dtype: torch.dtype) -> torch.nn.Module:
+def whole_model(work: Work, dtype: torch.dtype) -> Any:
     """All blocks and the head."""
-    return load_whole_model(work.model, dtype).to(work.device)
+    model: Any = load_whole_model(work.model, dtype)  # else the type checker wants a model where `to` takes a device
+    return model.to(work.device)
 
 
 def saelens(work: Work, dtype: torch.dtype) -> torch.nn.Module:

@@ -97,7 +97,7 @@ def measure_stages(parts: Sequence[Path], labels: SampleLabels, d_sae: int, num_
     ids_s, classes = cpu_seconds(lambda: [labels.of(id_numbers(rows["sample_id"])) for rows in tables])
     lists_s, _ = cpu_seconds(lambda: [sparse_rows(rows, d_sae) for rows in tables])
     counter = FeatureCounter(GRID, THRESHOLD, d_sae)
-    counts_s, _ = cpu_seconds(lambda: [counter.count(*part) for part in zip(tables, classes, strict=True)])
+    counts_s, _ = cpu_seconds(lambda: deque(map(counter.count, tables, classes), maxlen=0))
     stages = {"labels": ids_s, "lists": lists_s, "count": counts_s - lists_s}
     for name, columns in {
         "read": COUNTED,
@@ -105,8 +105,7 @@ def measure_stages(parts: Sequence[Path], labels: SampleLabels, d_sae: int, num_
         "read_activations_alone": ["activations"],
         "read_all_columns": ACTIVATIONS.names,
     }.items():
-        rows = read_activations(parts, columns)
-        stages[name] = cpu_seconds(lambda rows=rows: deque(rows, maxlen=0))[0]
+        stages[name] = cpu_seconds(deque, read_activations(parts, columns), 0)[0]
     return {name: round(seconds / num_pairs * 1e9, 1) for name, seconds in stages.items()}
 
 
@@ -116,7 +115,7 @@ def measure_plain(parts: Sequence[Path], labels: SampleLabels, d_sae: int, num_p
     exemplars_s, exemplars = cpu_seconds(lambda: strongest(parts, d_sae))
     report: dict[str, Any] = {"num_pairs": num_pairs}
     for name, way in {"numpy": by_numpy, "scipy": by_scipy, "pyarrow": by_pyarrow, "pandas": by_pandas}.items():
-        plain_s, (num_active, largest) = cpu_seconds(lambda way=way: way(parts, d_sae))
+        plain_s, (num_active, largest) = cpu_seconds(way, parts, d_sae)
         same = np.array_equal(num_active, counts.num_samples) and np.array_equal(largest, counts.max_activation)
         report[name] = {"times_as_long": round(plain_s / seconds, 1), "equal": same}
     plain_s, rows = cpu_seconds(lambda: exemplars_by_pandas(parts))
@@ -265,10 +264,10 @@ def _all_pairs(parts: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(ids), np.concatenate(activations)
 
 
-def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+def cpu_seconds(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     """CPU seconds of a call, and its result."""
     started = time.process_time()
-    result = function()
+    result = function(*arguments)
     return time.process_time() - started, result
 
 

@@ -70,7 +70,7 @@ def save_model(folder: Path, shape: Shape, chats: list[list[Message]]) -> Path:
         eos_token_id=1,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(settings).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -153,9 +153,16 @@ def test_the_mean_cosine_distance_is_that_of_all_pairs():
     vectors = unit_vectors(activation_rows(rows), 12)
     dense = vectors.toarray()
     pairs = [1 - a @ b for a, b in itertools.combinations(dense, 2)]
-    assert mean_cosine_distance(dense.sum(axis=0), 20) == pytest.approx(np.mean(pairs))
-    assert VectorSums.of(activation_rows(rows), 12, 4).mean_cosine_distance() == pytest.approx(np.mean(pairs))
+    assert mean_cosine_distance(dense.sum(axis=0), 20) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert VectorSums.of(activation_rows(rows), 12, 4).mean_cosine_distance() == pytest.approx(np.mean(pairs), abs=1e-6)
     assert mean_cosine_distance(dense[0], 1) is None
+
+
+@given(st.lists(st.floats(1, 1000), min_size=1, max_size=8), st.lists(st.floats(0.5, 2), min_size=2, max_size=40))
+def test_rows_that_differ_by_rounding_have_a_mean_cosine_distance_of_zero(values, lengths):
+    rows = np.outer(lengths, values).astype(np.float32).astype(float)
+    directions = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert mean_cosine_distance(directions.sum(axis=0), len(rows)) == 0.0
 
 
 def test_samples_without_activations_have_no_direction():

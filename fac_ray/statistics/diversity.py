@@ -103,11 +103,13 @@ def unit_vectors(rows: pa.Table, d_sae: int) -> csr_array:
 def mean_cosine_distance(direction_sum: Float[np.ndarray, " d_sae"], num_vectors: int) -> float | None:
     """Mean over all pairs of 1 - cosine, in [0, 1] for activations (they are >= 0): 1 - (|sum u|^2 - n) / (n (n - 1)).
 
-    None for fewer than two vectors.
+    To `DIGITS` decimals, since where all directions are equal, what is left of the difference is rounding of either
+    sign. None for fewer than two vectors.
     """
     if num_vectors < 2:
         return None
-    return 1 - (float(direction_sum @ direction_sum) - num_vectors) / (num_vectors * (num_vectors - 1))
+    cosine = (float(direction_sum @ direction_sum) - num_vectors) / (num_vectors * (num_vectors - 1))
+    return max(0.0, round(1 - cosine, DIGITS))
 
 
 def vendi_score(gram: Float[np.ndarray, "n n"], num_vectors: int | None = None) -> float | None:
