@@ -42,7 +42,9 @@ def test_the_largest_are_those_of_a_full_sort(width, k):
 def test_of_equals_the_first_come_first(seed, levels, k):
     """Few distinct numbers: ties within blocks, between blocks, and across the whole row (levels = 1)."""
     generator = torch.Generator().manual_seed(seed)
-    assert_top_k(torch.randint(levels, (4, WIDE), generator=generator).float() - 2, k)
+    rows = torch.randint(levels, (4, WIDE), generator=generator).float() - 2
+    assert_top_k(rows, k)
+    assert_top_k(rows[:, :40], k)  # no blocks
 
 
 def test_many_more_values_than_blocks():
@@ -56,6 +58,8 @@ def test_not_a_number_is_the_largest_and_infinities_are_numbers():
     rows[2, 5], rows[3, 5] = float("inf"), float("-inf")
     rows[4] = float("-inf")
     assert_top_k(rows, 9)
+    assert_top_k(rows[:, :100], 9)  # no blocks
+    assert_top_k(rows[:, :100], 100)
 
 
 def test_few_candidates_are_looked_at():

@@ -26,7 +26,7 @@ BLOCK = 64
 MAX_BLOCKS = 256
 """Blocks of a row that are looked into; where more could hold one of the k largest, the whole row is sorted."""
 MIN_BLOCKS_PER_K = 4
-"""With fewer blocks for each of the k values than that, blocks tell too little, and the row is sorted."""
+"""With fewer blocks for each of the k values than that, blocks tell too little, and the row is selected from."""
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """Largest relative error of rounding one number."""
@@ -47,7 +47,7 @@ def top_k(rows: Float[Tensor, "N d"], k: int) -> tuple[Float[Tensor, "N k"], Int
     NaN counts as larger than any number. `torch.topk` gives the same values, and decides arbitrarily between equals.
     """
     if not _blocks_tell(rows.shape[1], k):
-        return _sorted_top_k(rows, k)
+        return _selected_top_k(rows, k)
     maxima = _block_maxima(rows)
     floor = maxima.topk(k, dim=1).values[:, -1]
     candidates, whole = _candidates(rows, maxima, floor)
@@ -167,6 +167,18 @@ def _select(
     largest = table.sort(dim=1, descending=True, stable=True)
     places = position.new_zeros(table.shape).index_put((row, column), position)
     return largest.values[:, :k].contiguous(), places.gather(1, largest.indices[:, :k])
+
+
+def _selected_top_k(rows: Float[Tensor, "N d"], k: int) -> tuple[Float[Tensor, "N k"], Int[Tensor, "N k"]]:
+    """By torch's selection; rows whose next value is not below the k-th one are sorted."""
+    found = rows.topk(min(k + 1, rows.shape[1]), dim=1)
+    ascending = found.indices[:, :k].sort(dim=1).values
+    values, order = rows.gather(1, ascending).sort(dim=1, descending=True, stable=True)
+    positions = ascending.gather(1, order)
+    unclear = ~(found.values[:, k - 1 : -1] > found.values[:, k:]).all(dim=1)
+    if unclear.any():
+        values[unclear], positions[unclear] = _sorted_top_k(rows[unclear], k)
+    return values, positions
 
 
 def _sorted_top_k(rows: Float[Tensor, "N d"], k: int) -> tuple[Float[Tensor, "N k"], Int[Tensor, "N k"]]:
