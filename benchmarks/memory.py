@@ -66,7 +66,7 @@ def compare(sizes: Sequence[int]) -> dict[str, Any]:
     """Peak memory of each size, and by how much that of the last exceeds that of the first."""
     from shapes import Shape, save_sae  # not above: what a driver does not need, its memory shall not hold
 
-    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp") as temporary:
+    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         save_sae(Path(temporary) / "sae", Shape(d_model=D_MODEL, d_sae=D_SAE, k=K))
         for size in sizes:
             write_samples(Path(temporary) / f"{size}/samples", size)

@@ -66,7 +66,7 @@ def main() -> None:
         parser.error(
             f"--chats {arguments.chats}: at least {MIN_CHATS}, so that a steady state has parts to be timed by"
         )
-    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp") as temporary:
+    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         config = write_world(
             Path(temporary), arguments.chats, arguments.messages, shape_of(arguments.width), arguments.dtype
         )

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def measure_stages(parts: Sequence[Path], labels: SampleLabels, d_sae: int, num_
     ids_s, classes = cpu_seconds(lambda: [labels.of(id_numbers(rows["sample_id"])) for rows in tables])
     lists_s, _ = cpu_seconds(lambda: [sparse_rows(rows, d_sae) for rows in tables])
     counter = FeatureCounter(GRID, THRESHOLD, d_sae)
-    counts_s, _ = cpu_seconds(lambda: deque(map(counter.count, tables, classes), maxlen=0))
+    counts_s, _ = cpu_seconds(deque, starmap(counter.count, zip(tables, classes, strict=True)), 0)
     stages = {"labels": ids_s, "lists": lists_s, "count": counts_s - lists_s}
     for name, columns in {
         "read": COUNTED,

@@ -94,10 +94,10 @@ def numbers(report: dict) -> dict:
 
 
 class Approximately(float):
-    """A sum of activations, equal to another one if both agree to the six digits or decimals that a report holds."""
+    """A sum of activations, equal to another one if both agree to the six digits that a report holds."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, float) and math.isclose(self, other, rel_tol=2e-5, abs_tol=2e-6)
+        return isinstance(other, float) and math.isclose(self, other, rel_tol=2e-5)
 
     __hash__ = None
 

@@ -2,7 +2,7 @@
 
 A row is cut into blocks. The k-th largest of the blocks' maxima is no larger than the row's k-th largest value, since
 k blocks hold a number that large. So every one of the k largest is at least that, and few others are: one pass that
-reads the row, and a selection among a few candidates.
+reads the row, and a selection among a few candidates. A row of few blocks is left to `torch.topk`.
 
 `TopKProduct` takes the candidates from a product in bfloat16, with a bound on its rounding errors, and computes these
 alone in float32:

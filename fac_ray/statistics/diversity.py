@@ -28,6 +28,9 @@ SMOOTHING = 0.1
 """Matches counted where there is none, so that one missing 4-gram does not make a BLEU of 0."""
 DIGITS = 6
 """Significant digits of a result; the order in which parts are added shows only beyond them."""
+SAME_DIRECTION = 1e-9
+"""Largest mean cosine distance that is taken for rounding, which is of either sign: rows of one direction whose
+activations are off by 1e-5 of themselves, more than batches change them, are 1e-10 apart."""
 
 
 def corpus_measures(unigrams: NgramTotals, bigrams: NgramTotals, vectors: VectorSums) -> dict[str, float | None]:
@@ -103,13 +106,12 @@ def unit_vectors(rows: pa.Table, d_sae: int) -> csr_array:
 def mean_cosine_distance(direction_sum: Float[np.ndarray, " d_sae"], num_vectors: int) -> float | None:
     """Mean over all pairs of 1 - cosine, in [0, 1] for activations (they are >= 0): 1 - (|sum u|^2 - n) / (n (n - 1)).
 
-    To `DIGITS` decimals, since where all directions are equal, what is left of the difference is rounding of either
-    sign. None for fewer than two vectors.
+    0 up to `SAME_DIRECTION`. None for fewer than two vectors.
     """
     if num_vectors < 2:
         return None
-    cosine = (float(direction_sum @ direction_sum) - num_vectors) / (num_vectors * (num_vectors - 1))
-    return max(0.0, round(1 - cosine, DIGITS))
+    distance = 1 - (float(direction_sum @ direction_sum) - num_vectors) / (num_vectors * (num_vectors - 1))
+    return 0.0 if distance <= SAME_DIRECTION else distance
 
 
 def vendi_score(gram: Float[np.ndarray, "n n"], num_vectors: int | None = None) -> float | None:
